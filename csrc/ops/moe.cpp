@@ -1,0 +1,187 @@
+// Routing, activations, combine, and the whole layer composed of them.
+#include <climits>
+
+#include "launch.h"
+
+namespace nvfp4 {
+
+Act act_of(const char* op, const std::string& act) {
+  if (act == "silu") return Act::silu;
+  if (act == "swiglu_limit") return Act::swiglu_limit;
+  if (act == "swiglu_oai") return Act::swiglu_oai;
+  NVFP4_CHECK(act == "relu2", "nvfp4::", op, ": `act` must be silu | swiglu_limit | swiglu_oai | relu2, got ",
+              act);
+  return Act::relu2;
+}
+
+static Score score_of(const std::string& score) {
+  if (score == "softmax") return Score::softmax;
+  if (score == "sigmoid") return Score::sigmoid;
+  NVFP4_CHECK(score == "sqrt_softplus",
+              "nvfp4::route: `score` must be softmax | sigmoid | sqrt_softplus, got ", score);
+  return Score::sqrt_softplus;
+}
+
+std::tuple<Tensor, Tensor> route(const Tensor& logits, const MaybeTensor& bias, int64_t top_k,
+                                 std::string score, int64_t n_group, int64_t topk_group, bool renormalize,
+                                 double scale) {
+  expect("route", "logits", logits, logits, {kF32, kF16, kBf16}, "[T, E]", {kAny, kAny});
+  const int64_t T = logits.size(0), E = logits.size(1);
+  if (bias) expect("route", "bias", *bias, logits, {kF32}, "[E]", {E});
+  NVFP4_CHECK(top_k >= 1 && top_k <= E, "nvfp4::route: `top_k` must be in 1 .. E = ", E, ", got ", top_k);
+  NVFP4_CHECK(n_group >= 1 && E % n_group == 0, "nvfp4::route: `n_group` must divide E = ", E, ", got ",
+              n_group);
+  NVFP4_CHECK(topk_group >= 1 && topk_group <= n_group,
+              "nvfp4::route: `topk_group` must be in 1 .. n_group = ", n_group, ", got ", topk_group);
+  const Score kind = score_of(score);
+  const Tensor scores = dense(logits);
+  const MaybeTensor offset = dense(bias);
+
+  Tensor weights = empty(logits, {T, top_k}, kF32), ids = empty(logits, {T, top_k}, kI32);
+  const RouteParams p{in<void>(scores),
+                      real_of(logits.scalar_type()),
+                      in<float>(offset),
+                      T,
+                      E,
+                      static_cast<int>(top_k),
+                      static_cast<int>(n_group),
+                      static_cast<int>(topk_group),
+                      kind,
+                      renormalize,
+                      static_cast<float>(scale),
+                      out<float>(weights),
+                      out<int32_t>(ids)};
+  launch(logits, p, cpu::route, cuda::route);
+  return {weights, ids};
+}
+
+std::tuple<Tensor, Tensor, Tensor> permute(const Tensor& ids, int64_t num_experts, int64_t first_expert) {
+  expect("permute", "ids", ids, ids, {kI32}, "[T, k]", {kAny, kAny});
+  NVFP4_CHECK(num_experts >= 0 && num_experts < INT_MAX,
+              "nvfp4::permute: `num_experts` must not be negative, got ", num_experts);
+  NVFP4_CHECK(ids.numel() < INT_MAX, "nvfp4::permute: `ids` must have fewer than 2^31 entries, got ",
+              show(shape_of(ids)));
+  const Tensor choices = dense(ids);
+  const int64_t T = ids.size(0), k = ids.size(1);
+
+  Tensor rows = empty(ids, {T * k}, kI32), offsets = empty(ids, {num_experts + 1}, kI32),
+         slots = empty(ids, {T, k}, kI32);
+  const PermuteParams p{
+      in<int32_t>(choices), T, k, num_experts, first_expert, out<int32_t>(rows), out<int32_t>(offsets),
+      out<int32_t>(slots)};
+  launch(ids, p, cpu::permute, cuda::permute, cuda::permute_workspace);
+  return {rows, offsets, slots};
+}
+
+// gate_up [.., 2I] or, for relu2, [.., I]; returned contiguous in p, with I and R read off.
+static SwigluParams expect_gate_up(const char* op, const Tensor& gate_up, const std::string& act,
+                                   double act_alpha, double limit) {
+  const Act kind = act_of(op, act);
+  expect_tail(op, "gate_up", gate_up, gate_up, {kBf16}, "[.., 2I] ([.., I] for relu2)", {kAny});
+  const int64_t width = gate_up.size(-1), halves = kind == Act::relu2 ? 1 : 2;
+  expect_multiple(op, "the last dimension of `gate_up`", width, halves);
+  return {nullptr,
+          kind,
+          static_cast<float>(act_alpha),
+          static_cast<float>(limit),
+          count(lead_of(gate_up)),
+          width / halves,
+          nullptr};
+}
+
+Tensor swiglu(const Tensor& gate_up, std::string act, double act_alpha, double limit) {
+  SwigluParams p = expect_gate_up("swiglu", gate_up, act, act_alpha, limit);
+  const Tensor pairs = dense(gate_up);
+  Tensor hidden = empty(gate_up, with(lead_of(gate_up), {p.I}), kBf16);
+  p.gate_up = in<bf16>(pairs);
+  p.out = out<bf16>(hidden);
+  launch(gate_up, p, cpu::swiglu, cuda::swiglu);
+  return hidden;
+}
+
+std::tuple<Tensor, Tensor, Tensor> swiglu_quantize(const Tensor& gate_up, std::string act, double act_alpha,
+                                                   double limit) {
+  SwigluParams p = expect_gate_up("swiglu_quantize", gate_up, act, act_alpha, limit);
+  expect_multiple("swiglu_quantize", "I, the activation's width,", p.I, kBlock);
+  const Tensor pairs = dense(gate_up);
+  const Shape lead = lead_of(gate_up);
+  p.gate_up = in<bf16>(pairs);
+
+  Tensor packed = empty(gate_up, with(lead, {p.I / 2}), kU8),
+         sf = empty(gate_up, with(lead, {p.I / kBlock}), kF8);
+  Tensor scale = empty(gate_up, lead, kF32);
+  const SwigluQuantizeParams q{p, out<uint8_t>(packed), out<uint8_t>(sf), out<float>(scale)};
+  launch(gate_up, q, cpu::swiglu_quantize, cuda::swiglu_quantize);
+  return {packed, sf, scale};
+}
+
+Tensor combine(const Tensor& y, const Tensor& slots, const Tensor& weights) {
+  expect("combine", "y", y, y, {kBf16}, "[R, H]", {kAny, kAny});
+  expect("combine", "slots", slots, y, {kI32}, "[T, k]", {kAny, kAny});
+  const int64_t T = slots.size(0), k = slots.size(1), H = y.size(1);
+  expect("combine", "weights", weights, y, {kF32}, "[T, k]", {T, k});
+  const Tensor rows = dense(y), places = dense(slots), factors = dense(weights);
+
+  Tensor sum = empty(y, {T, H}, kBf16);
+  const CombineParams p{in<bf16>(rows), in<int32_t>(places), in<float>(factors), y.size(0), H, T, k,
+                        out<bf16>(sum)};
+  launch(y, p, cpu::combine, cuda::combine);
+  return sum;
+}
+
+Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w13, const Tensor& w13_sf,
+           const Tensor& w13_alpha, const Tensor& w2, const Tensor& w2_sf, const Tensor& w2_alpha,
+           int64_t first_expert, std::string compute, std::string act, double act_alpha, double limit,
+           const MaybeTensor& w13_bias, const MaybeTensor& w2_bias) {
+  const char* op = "moe";
+  const bool quantized = quantizes_activations(op, compute);
+  const Act kind = act_of(op, act);
+  expect(op, "x", x, x, {kBf16}, "[T, H]", {kAny, kAny});
+  const int64_t T = x.size(0), H = x.size(1);
+  expect(op, "ids", ids, x, {kI32}, "[T, k]", {T, kAny});
+  const int64_t k = ids.size(1), R = T * k;
+  expect(op, "weights", weights, x, {kF32}, "[T, k]", {T, k});
+  expect(op, "w2", w2, x, {kU8}, "[E, H, I/2]", {kAny, H, kAny});
+  const int64_t E = w2.size(0), I = 2 * w2.size(2), gate_up_width = kind == Act::relu2 ? I : 2 * I;
+  expect_multiple(op, "H, the last dimension of `x`,", H, kBlock);
+  expect_multiple(op, "I, twice the last dimension of `w2`,", I, kBlock);
+  expect_weights(op, "w13", x, w13, w13_sf, w13_alpha, w13_bias, E, gate_up_width, H);
+  expect_weights(op, "w2", x, w2, w2_sf, w2_alpha, w2_bias, E, H, I);
+  const Tensor tokens = dense(x);
+
+  const auto [rows, offsets, slots] = permute(ids, E, first_expert);
+  Tensor gate_up = empty(x, {R, gate_up_width}, kBf16), y = empty(x, {R, H}, kBf16);
+  GemmParams first = weight_params(w13, w13_sf, w13_alpha, w13_bias);
+  GemmParams second = weight_params(w2, w2_sf, w2_alpha, w2_bias);
+  first.rows = in<int32_t>(rows);
+  first.a_rows = T;
+  second.a_rows = R;
+  first.offsets = second.offsets = in<int32_t>(offsets);
+  first.R = second.R = R;
+  first.out = out<bf16>(gate_up);
+  second.out = out<bf16>(y);
+  if (quantized) {  // a token is quantized once and gathered as codes: the same bits as quantizing gathered
+                    // rows
+    const auto [packed, sf, scale] = quantize_rows(tokens, std::nullopt);
+    first.a_packed = in<uint8_t>(packed);
+    first.a_sf = in<uint8_t>(sf);
+    first.a_scale = in<float>(scale);
+    first.a_scale_per_row = true;
+    launch_gemm(x, first);
+    const auto [hidden, hidden_sf, hidden_scale] = swiglu_quantize(gate_up, act, act_alpha, limit);
+    second.a_packed = in<uint8_t>(hidden);
+    second.a_sf = in<uint8_t>(hidden_sf);
+    second.a_scale = in<float>(hidden_scale);
+    second.a_scale_per_row = true;
+    launch_gemm(x, second);
+  } else {
+    first.a = in<bf16>(tokens);
+    launch_gemm(x, first);
+    const Tensor hidden = swiglu(gate_up, act, act_alpha, limit);
+    second.a = in<bf16>(hidden);
+    launch_gemm(x, second);
+  }
+  return combine(y, slots, weights);
+}
+
+}  // namespace nvfp4

@@ -1,0 +1,52 @@
+// Every operator, as registry.cpp registers it. Schemas and shapes: registry.cpp.
+#pragma once
+#include <tuple>
+
+#include "tensor.h"
+
+namespace nvfp4 {
+
+using MaybeTensor = std::optional<Tensor>;
+
+Tensor tensor_scale(const Tensor& x);
+std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& scale);
+std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x, const MaybeTensor& rows);
+Tensor dequantize(const Tensor& packed, const Tensor& sf, const Tensor& scale, ScalarType dtype);
+Tensor remap_sf(const Tensor& sf);
+Tensor unmap_sf(const Tensor& sf, int64_t rows, int64_t cols);
+std::tuple<Tensor, Tensor, Tensor> mxfp4_to_nvfp4(const Tensor& packed, const Tensor& e8m0,
+                                                  std::string method);
+
+Tensor grouped_gemm(const Tensor& a, const MaybeTensor& a_sf, const MaybeTensor& a_scale, const Tensor& b,
+                    const Tensor& b_sf, const Tensor& alpha, const Tensor& offsets, const MaybeTensor& bias);
+Tensor linear(const Tensor& x, const Tensor& b, const Tensor& b_sf, const Tensor& alpha, std::string compute,
+              const MaybeTensor& bias);
+std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, std::string compute);
+
+std::tuple<Tensor, Tensor> route(const Tensor& logits, const MaybeTensor& bias, int64_t top_k,
+                                 std::string score, int64_t n_group, int64_t topk_group, bool renormalize,
+                                 double scale);
+std::tuple<Tensor, Tensor, Tensor> permute(const Tensor& ids, int64_t num_experts, int64_t first_expert);
+Tensor swiglu(const Tensor& gate_up, std::string act, double act_alpha, double limit);
+std::tuple<Tensor, Tensor, Tensor> swiglu_quantize(const Tensor& gate_up, std::string act, double act_alpha,
+                                                   double limit);
+Tensor combine(const Tensor& y, const Tensor& slots, const Tensor& weights);
+Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w13, const Tensor& w13_sf,
+           const Tensor& w13_alpha, const Tensor& w2, const Tensor& w2_sf, const Tensor& w2_alpha,
+           int64_t first_expert, std::string compute, std::string act, double act_alpha, double limit,
+           const MaybeTensor& w13_bias, const MaybeTensor& w2_bias);
+
+// ---- shared by the op families ----
+
+// "nvfp4" quantizes the activations as well (W4A4), "bf16" only the weights (W4A16).
+bool quantizes_activations(const char* op, const std::string& compute);
+Act act_of(const char* op, const std::string& act);
+// b [E, N, K/2], b_sf [E, cosize], alpha [E] or [E, 2], bias [E, N] or none: the weights of a grouped GEMM.
+void expect_weights(const char* op, const std::string& w, const Tensor& home, const Tensor& b,
+                    const Tensor& b_sf, const Tensor& alpha, const MaybeTensor& bias, int64_t E, int64_t N,
+                    int64_t K);
+// The part of GemmParams that such weights fill.
+GemmParams weight_params(const Tensor& b, const Tensor& b_sf, const Tensor& alpha, const MaybeTensor& bias);
+void launch_gemm(const Tensor& home, const GemmParams& p);
+
+}  // namespace nvfp4

@@ -1,0 +1,108 @@
+"""Nvfp4Tensor, the dataclass weights travel in: checkpoints and quantizers make it, layers take it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import ops
+from .formats import BLOCK, E2M1_MAX, E4M3_MAX, TENSOR_MAX, e2m1_decode, e2m1_encode, e4m3_encode, pack
+
+METHODS = ("amax", "four_over_six", "mse")
+
+
+@dataclass(frozen=True)
+class Nvfp4Tensor:
+    """w[.., n, k] = e2m1(packed) * e4m3(sf) * alpha[..]"""
+
+    packed: Tensor  # [.., N, K/2] uint8, low nibble is the even k
+    sf: Tensor  # [.., N, S] float8_e4m3fn, linear
+    alpha: Tensor  # [..] float32, a multiplier
+
+    @property
+    def shape(self) -> torch.Size:
+        """The logical shape [.., N, K]."""
+        return torch.Size((*self.packed.shape[:-1], 2 * self.packed.shape[-1]))
+
+    def to(self, device) -> "Nvfp4Tensor":
+        return replace(
+            self, packed=self.packed.to(device), sf=self.sf.to(device), alpha=self.alpha.to(device)
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return ops.dequantize(self.packed, self.sf, self.alpha[..., None], dtype)
+
+    def padded(self, N: int, K: int) -> "Nvfp4Tensor":
+        """Grown to [.., N, K] with zero codes (and zero scales, so the padding is 0 whatever alpha is)."""
+        more_n, more_k = N - self.shape[-2], K - self.shape[-1]
+        packed = pad(self.packed, (0, more_k // 2, 0, more_n))
+        sf = pad(self.sf.view(torch.uint8), (0, more_k // BLOCK, 0, more_n)).view(torch.float8_e4m3fn)
+        return replace(self, packed=packed, sf=sf)
+
+    def interleaved_sf(self) -> Tensor:
+        """[.., cosize(N, S)]: the layout layers hold and GEMMs read."""
+        return ops.remap_sf(self.sf)
+
+    @staticmethod
+    def quantize(w: Tensor, method: str = "amax") -> "Nvfp4Tensor":
+        """w [.., N, K] of any float type -> one alpha for each leading index.
+
+        amax: ModelOpt's bytes · four_over_six: each block's maximum goes to 6 or to 4, whichever errs less ·
+        mse: the best of all 126 block scales. 9.51, 8.70 and 8.13 % relative RMS error on Gaussian data.
+        """
+        if method not in METHODS:
+            raise ValueError(f"Nvfp4Tensor.quantize: `method` must be {' | '.join(METHODS)}, got {method}")
+        K = w.shape[-1]
+        w = pad(w, (0, -K % BLOCK))
+        # four_over_six keeps room for 1.5 times the largest scale, so that the largest block may use 4 as
+        # well
+        reach = 6 * 256 if method == "four_over_six" else TENSOR_MAX
+        alpha = _finite_amax(w) / reach
+        if method == "amax":
+            packed, sf = ops.quantize(w, alpha[..., None])
+        else:
+            packed, sf = _quantize_searching(w, alpha, method)
+        return Nvfp4Tensor(packed, sf, alpha)
+
+
+def _finite_amax(w: Tensor) -> Tensor:
+    """[.., N, K] -> float32 [..]"""
+    return torch.where(w.isfinite(), w.float().abs(), 0.0).amax((-1, -2))
+
+
+def _quantize_searching(
+    w: Tensor, alpha: Tensor, method: str, rows_at_once: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Per block, the candidate scale with the least squared error; ties go to the first candidate."""
+    flat = w.float().unflatten(-1, (-1, BLOCK)).flatten(0, -3)  # [rows, S, 16]
+    scales = alpha[..., None].expand(w.shape[:-1]).flatten()  # [rows]
+    codes, sfs = [], []
+    for rows, scale in zip(flat.split(rows_at_once), scales.split(rows_at_once), strict=True):
+        best = None
+        for sf in _candidates(rows, scale, method):
+            step = (sf.float() * scale[:, None])[..., None]
+            code = e2m1_encode((rows / step).nan_to_num(0.0))
+            error = (e2m1_decode(code) * step - rows).square().sum(-1)
+            if best is None:
+                best = [error, sf.view(torch.uint8), code]
+                continue
+            better = error < best[0]
+            best[0] = torch.where(better, error, best[0])
+            best[1] = torch.where(better, sf.view(torch.uint8), best[1])
+            best[2] = torch.where(better[..., None], code, best[2])
+        sfs.append(best[1])
+        codes.append(best[2])
+    packed = pack(torch.cat(codes).flatten(-2)).view(*w.shape[:-1], -1)
+    return packed, torch.cat(sfs).view(torch.float8_e4m3fn).view(*w.shape[:-1], -1)
+
+
+def _candidates(rows: Tensor, scale: Tensor, method: str):
+    """Scales float8_e4m3fn [rows, S] to try; the first is the amax rule's."""
+    base = (rows.abs().amax(-1) / (E2M1_MAX * scale[:, None])).nan_to_num(0.0).clamp(2.0**-9, E4M3_MAX)
+    yield e4m3_encode(base)
+    if method == "four_over_six":
+        yield e4m3_encode((1.5 * base).clamp(max=E4M3_MAX))
+        return
+    for byte in range(1, 0x7F):
+        yield torch.full(base.shape, byte, dtype=torch.uint8, device=base.device).view(torch.float8_e4m3fn)

@@ -1,0 +1,76 @@
+"""Comparisons; the only tolerances of the test suite are here, each with its derivation."""
+
+import torch
+from torch import Tensor
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def assert_same_bits(got: Tensor, want: Tensor, what: str = "") -> None:
+    """Every byte equal (so -0 is not 0), except that any NaN equals any NaN."""
+    if isinstance(want, tuple):
+        assert len(got) == len(want)
+        for i, (g, w) in enumerate(zip(got, want, strict=True)):
+            assert_same_bits(g, w, f"{what} output {i}")
+        return
+    assert got.dtype == want.dtype and got.shape == want.shape, (
+        f"{what}: {got.dtype} {got.shape} is not {want.dtype} {want.shape}"
+    )
+    g, w = (t.detach().cpu().contiguous().view(_BITS[t.element_size()]) for t in (got, want))
+    differ = g != w
+    if got.dtype.is_floating_point and got.element_size() > 1:
+        differ &= ~(got.cpu().isnan() & want.cpu().isnan())
+    if differ.any():
+        first = tuple(differ.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(differ.sum())} of {differ.numel()} differ, first at {list(first)}: "
+            f"got {got.cpu()[first].float():.9g}, want {want.cpu()[first].float():.9g}"
+        )
+
+
+def gemm_bound(a: Tensor, w: Tensor, acc: Tensor) -> Tensor:
+    """How far float32 sums may lie from the float64 sum `acc` of exact products a w^T.
+
+    Adding K terms in any order, each addition off by at most 2^-24 of its result (we allow 2^-23:
+    instructions that truncate), and no partial sum above sum |a||w|: K * 2^-23 * sum |a||w|. Subnormal terms
+    may be flushed: 2^-126 each."""
+    K = a.shape[-1]
+    return K * 2.0**-23 * (a.double().abs() @ w.double().abs().T) + K * 2.0**-126
+
+
+def assert_gemm(got: Tensor, a: Tensor, w: Tensor, alpha, a_scale=None, bias=None, what: str = "") -> None:
+    """got bf16 [R, N] is bf16((acc * alpha) * a_scale + bias) for some acc within gemm_bound of a w^T.
+
+    Rounding is monotone, so got lies between the epilogue of the two ends; the epilogue's own float32
+    roundings are the contract's, so the ends are computed with them. A NaN must be where float64 has one."""
+    acc = a.double() @ w.double().T
+    bound = gemm_bound(a, w, acc)
+    ends = []
+    for end in (acc - bound, acc + bound):
+        out = end.float() * alpha
+        out = out if a_scale is None else out * a_scale[:, None]
+        out = out if bias is None else out + bias
+        ends.append(out.bfloat16().float())
+    got = got.cpu().float()
+    low, high = torch.minimum(*ends), torch.maximum(*ends)
+    assert torch.equal(got.isnan(), low.isnan()), f"{what}: NaN in other places"
+    wrong = ~((got >= low) & (got <= high)) & ~got.isnan()
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} outside the bound, first at {list(at)}: "
+            f"got {got[at]:.9g}, want {low[at]:.9g} .. {high[at]:.9g}"
+        )
+
+
+def assert_close_layers(got: Tensor, want: Tensor, what: str = "") -> None:
+    """A whole layer against the reference: sums in another order move a BF16 by one unit now and then (2^-8),
+    and a moved activation may quantize to the neighbouring E2M1 code, a quarter of a value at worst. With
+    tens of terms an output and few such events the relative RMS error stays below 2^-8; a swapped expert,
+    gate or scale gives about 1."""
+    error = (got.cpu().double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
+    assert error < 2.0**-8, f"{what}: relative RMS error {error:.3g}"
+
+
+def relative_rms(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())

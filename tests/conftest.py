@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+import nvfp4_moe  # noqa: F401  loads the operators
+
+
+def missing_gpu() -> str | None:
+    """Why nothing runs on a GPU here, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        torch.ops.nvfp4.tensor_scale(torch.ones(1, device="cuda"))
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def devices() -> list:
+    """Where test bodies run: the CPU, and the GPU where there is one; a missing GPU shows as skips with the
+    reason."""
+    why = missing_gpu()
+    skip = pytest.mark.skipif(why is not None, reason=str(why))
+    return ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, skip])]
+
+
+@pytest.fixture(params=devices())
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(20261121)
