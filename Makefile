@@ -34,8 +34,11 @@ format: .venv/lint
 	touch $@
 
 .venv/built: .venv/torch $(SOURCES)
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --config-settings editable_mode=compat -e '.[test,demo]'
-	touch $@
+	@echo 'building the libraries (log: .venv/build.log)'
+	@$(PY) -m pip install -v --disable-pip-version-check --no-build-isolation --config-settings editable_mode=compat \
+		-e '.[test,demo]' > .venv/build.log 2>&1 || { tail -n 60 .venv/build.log; exit 1; }
+	@grep -oh 'nvfp4_moe: building.*' .venv/build.log | tail -n 1
+	@touch $@
 
 .venv/lint: .venv/torch Makefile
 	$(PY) -m pip install -q --disable-pip-version-check $(LINT)

@@ -51,7 +51,7 @@ NVFP4_HD float pow2(int p) { return float_of(static_cast<uint32_t>(p + 127) << 2
 NVFP4_HD float e2m1_decode(uint32_t code) {  // low 4 bits
   const uint32_t m = code & 7;
   // normals (m >= 2): exponent (m >> 1) - 1, mantissa bit m & 1; 0 and 0.5 are m * 0.5
-  const uint32_t normal = ((m >> 1) + 126) << 23 | (m & 1) << 22;
+  const uint32_t normal = (m << 22) + (126u << 23);
   const uint32_t small = m ? 0x3f000000u : 0u;
   return float_of((code & 8) << 28 | (m >= 2 ? normal : small));
 }
@@ -103,17 +103,16 @@ NVFP4_HD uint32_t e8m0_encode(float x) {
 
 NVFP4_HD float to_float(float x) { return x; }
 NVFP4_HD float to_float(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-NVFP4_HD float to_float(f16 x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16, m = x.bits & 0x7fffu;
-  if (m >= 0x7c00u) return float_of(sign | 0x7f800000u | (m & 0x3ffu) << 13);
-  if (m < 0x400u) return float_of(sign | bits_of(static_cast<float>(m) * 0x1p-24f));
-  return float_of(sign | ((m << 13) + (112u << 23)));
+NVFP4_HD float to_float(f16 x) {  // no branches: loops over it vectorise
+  const int32_t m = x.bits & 0x7fff;
+  const uint32_t small = bits_of(static_cast<float>(m) * 0x1p-24f);
+  const uint32_t normal = (m << 13) + ((m >= 0x7c00 ? 224u : 112u) << 23);  // infinity and NaN: exponent 255
+  return float_of((x.bits & 0x8000u) << 16 | (m < 0x400 ? small : normal));
 }
 
 NVFP4_HD bf16 to_bf16(float x) {  // nearest even
-  const uint32_t u = bits_of(x);
-  if (is_nan(x)) return {static_cast<uint16_t>(u >> 16 | 0x40)};
-  return {static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1)) >> 16)};
+  const uint32_t u = bits_of(x), rounded = (u + 0x7fffu + (u >> 16 & 1)) >> 16;
+  return {static_cast<uint16_t>(is_nan(x) ? u >> 16 | 0x40 : rounded)};
 }
 NVFP4_HD f16 to_f16(float x) {  // nearest even, overflow to infinity
   const uint32_t sign = bits_of(x) >> 16 & 0x8000u, u = bits_of(x) & 0x7fffffffu;

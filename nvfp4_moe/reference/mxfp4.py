@@ -190,13 +190,14 @@ def _squared_errors(codes: Tensor, k: Tensor, alpha: Tensor) -> Tensor:
     In float64 code * scale * alpha is exact (30 bits), and a quotient is a tie or at least 2^-31
     away from one, so the codes are the nearest ones. Only d, its square and their sum round.
     """
-    kmin, steps = int(k.min()), _steps(alpha)
-    x = torch.tensor(E2M1, dtype=f64) * _two_to(torch.arange(kmin, int(k.max()) + 1))[:, None]
+    steps = _steps(alpha)
+    exponents, which = k.unique(return_inverse=True)
+    x = torch.tensor(E2M1, dtype=f64) * _two_to(exponents)[:, None]
     d = x[..., None] - e2m1_decode(e2m1_encode(x[..., None] / steps)) * steps
     table = d * d  # [exponents, 8, 126]
     total = torch.zeros(len(k), len(steps), dtype=f64)
     for v in range(1, 8):
-        total = total + (codes & 7 == v).sum(-1, keepdim=True) * table[k - kmin, v]
+        total = total + (codes & 7 == v).sum(-1, keepdim=True) * table[which, v]
     return total
 
 

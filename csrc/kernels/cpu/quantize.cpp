@@ -18,63 +18,73 @@ void with_dtype(Real dtype, const void* x, Body body) {
   if (dtype == Real::f16) body(static_cast<const f16*>(x));
 }
 
-// Magnitudes of finite floats order as their bits do, so the maximum is an integer one and vectorises.
+// Magnitudes of finite floats order as their bits do, so the maximum is one of signed integers and
+// vectorises.
 template <class T>
 NVFP4_CLONES float finite_amax(const T* x, int64_t count) {
-  uint32_t top = 0;
+  int32_t top = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t u = bits_of(to_float(x[i])) & 0x7fffffffu;
-    const uint32_t finite = u < 0x7f800000u ? u : 0u;
-    top = finite > top ? finite : top;
+    const int32_t u = bits_of(to_float(x[i])) & 0x7fffffff;
+    top = std::max(top, u & -static_cast<int32_t>(u < 0x7f800000));
   }
   return float_of(top);
 }
 
-template <class T>
-NVFP4_CLONES void quantize_row(const T* x, float scale, int64_t K, uint8_t* packed, uint8_t* sf) {
-  for (int64_t s = 0; s < K / kBlock; ++s) {
-    float v[kBlock];
-    uint32_t top = 0;
-    for (int i = 0; i < kBlock; ++i) {
-      v[i] = to_float(x[s * kBlock + i]);
-      const uint32_t u = bits_of(v[i]) & 0x7fffffffu;
-      top = u > top ? u : top;  // NaN orders above infinity: a block that holds one has a NaN maximum
-    }
-    const uint32_t byte = block_scale(float_of(top), scale);
-    const float step = e4m3_decode(byte) * scale;
-    uint32_t code[kBlock];
-    for (int i = 0; i < kBlock; ++i) code[i] = e2m1_encode(v[i], v[i] / step);
-    for (int i = 0; i < kBlock / 2; ++i)
-      packed[s * (kBlock / 2) + i] = static_cast<uint8_t>(code[2 * i] | code[2 * i + 1] << 4);
-    sf[s] = static_cast<uint8_t>(byte);
-  }
+// Rows are worked on in chunks, one short loop a step: loops of 16 would be unrolled before they are
+// vectorised.
+constexpr int kChunkBlocks = 32, kChunk = kChunkBlocks * kBlock;
+
+// each[i] = per_block[i / 16]
+void spread(const float* per_block, int64_t blocks, float* each) {
+  for (int64_t s = 0; s < blocks; ++s) std::fill_n(each + s * kBlock, kBlock, per_block[s]);
 }
 
-struct DecodeTable {  // two codes a byte -> two floats
-  float value[256][2];
-  DecodeTable() {
-    for (int byte = 0; byte < 256; ++byte)
-      for (int half = 0; half < 2; ++half) value[byte][half] = e2m1_decode(byte >> (4 * half));
+template <class T>
+NVFP4_CLONES void quantize_chunk(const T* x, float scale, int64_t blocks, uint8_t* packed, uint8_t* sf) {
+  float v[kChunk], step[kChunkBlocks], steps[kChunk];
+  uint8_t code[kChunk];
+  const int64_t n = blocks * kBlock;
+  for (int64_t i = 0; i < n; ++i) v[i] = to_float(x[i]);
+  for (int64_t s = 0; s < blocks; ++s) {
+    int32_t top = 0;  // NaN orders above infinity: a block that holds one has a NaN maximum
+    for (int i = 0; i < kBlock; ++i) top = std::max<int32_t>(top, bits_of(v[s * kBlock + i]) & 0x7fffffff);
+    sf[s] = static_cast<uint8_t>(block_scale(float_of(top), scale));
+    step[s] = e4m3_decode(sf[s]) * scale;
   }
-};
-const DecodeTable kDecode;
+  spread(step, blocks, steps);
+  for (int64_t i = 0; i < n; ++i) code[i] = static_cast<uint8_t>(e2m1_encode(v[i], v[i] / steps[i]));
+  for (int64_t i = 0; i < n / 2; ++i) packed[i] = static_cast<uint8_t>(code[2 * i] | code[2 * i + 1] << 4);
+}
+
+template <class T>
+void quantize_row(const T* x, float scale, int64_t K, uint8_t* packed, uint8_t* sf) {
+  for (int64_t k = 0; k < K; k += kChunk)
+    quantize_chunk(x + k, scale, std::min<int64_t>(K - k, kChunk) / kBlock, packed + k / 2, sf + k / kBlock);
+}
 
 void store(float* out, float x) { *out = x; }
 void store(bf16* out, float x) { *out = to_bf16(x); }
 void store(f16* out, float x) { *out = to_f16(x); }
 
 template <class T>
-NVFP4_CLONES void dequantize_row(const uint8_t* packed, const uint8_t* sf, float scale, int64_t K, T* out) {
-  for (int64_t s = 0; s < K / kBlock; ++s) {
-    const float block = e4m3_decode(sf[s]);
-    float v[kBlock];
-    for (int i = 0; i < kBlock / 2; ++i) {
-      const float* pair = kDecode.value[packed[s * (kBlock / 2) + i]];
-      v[2 * i] = pair[0] * block * scale;
-      v[2 * i + 1] = pair[1] * block * scale;
-    }
-    for (int i = 0; i < kBlock; ++i) store(out + s * kBlock + i, v[i]);
+NVFP4_CLONES void dequantize_chunk(const uint8_t* packed, const uint8_t* sf, float scale, int64_t blocks,
+                                   T* __restrict out) {
+  float block[kChunkBlocks], each[kChunk];
+  uint8_t code[kChunk];
+  for (int64_t s = 0; s < blocks; ++s) block[s] = e4m3_decode(sf[s]);
+  spread(block, blocks, each);
+  for (int64_t i = 0; i < blocks * kBlock / 2; ++i) {
+    code[2 * i] = packed[i] & 15;
+    code[2 * i + 1] = packed[i] >> 4;
   }
+  for (int64_t i = 0; i < blocks * kBlock; ++i) store(out + i, e2m1_decode(code[i]) * each[i] * scale);
+}
+
+template <class T>
+void dequantize_row(const uint8_t* packed, const uint8_t* sf, float scale, int64_t K, T* out) {
+  for (int64_t k = 0; k < K; k += kChunk)
+    dequantize_chunk(packed + k / 2, sf + k / kBlock, scale, std::min<int64_t>(K - k, kChunk) / kBlock,
+                     out + k);
 }
 
 }  // namespace
