@@ -1,11 +1,11 @@
-# make demo · make test · make bench · make lint: each sets .venv up first. TORCH= chooses another torch.
+# make demo · make test · make bench · make lint · make wheel: each sets .venv up first. TORCH= chooses another torch.
 TORCH ?= torch==2.13.0
 CUTLASS := nvidia-cutlass==4.2.0.0
 LINT := ruff==0.17.5 clang-format==23.1.5
 PY := .venv/bin/python
 SOURCES := $(shell find csrc nvfp4_moe -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench wheel lint format clean
 
 demo: .venv/built
 	$(PY) examples/demo.py
@@ -15,6 +15,10 @@ test: .venv/built
 
 bench: .venv/built
 	$(PY) bench/gemm.py
+
+wheel: .venv/torch
+	rm -rf dist
+	NVFP4_CHIPS=$${NVFP4_CHIPS:-all} $(PY) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 
 lint: .venv/lint
 	.venv/bin/ruff check .

@@ -11,9 +11,8 @@ if not _library.exists():
         f"nvfp4_moe: {_library} is missing. Build it with `make` or `pip install .` in a checkout."
     )
 torch.ops.load_library(_library)
-for _chip in sorted(
-    _library.parent.glob("libnvfp4_sm*.so")
-):  # a chip library registers its kernels with the core
+# a chip library registers its kernels with the core
+for _chip in sorted(_library.parent.glob("libnvfp4_sm*.so")):
     torch.ops.load_library(_chip)
 
 from . import ops  # noqa: E402

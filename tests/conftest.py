@@ -23,7 +23,7 @@ def devices() -> list:
     return ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, skip])]
 
 
-@pytest.fixture(params=devices())
+@pytest.fixture(params=devices(), scope="session")
 def device(request) -> str:
     return request.param
 

@@ -171,6 +171,17 @@ class TestCombine:
         assert_same_bits(got, reference.combine(y, slots, weights))
         assert not got[0].any()
 
+    def test_adds_with_one_rounding_a_term(self, device):
+        """Terms that cancel leave what a product rounded by itself would have lost."""
+        y = lively(64, 32, dtype=torch.bfloat16)
+        weight = torch.rand(64, 1) + 0.5
+        weights = torch.cat([weight, -weight.nextafter(torch.full((64, 1), 9.0))], 1)
+        slots = torch.arange(64, dtype=torch.int32)[:, None].expand(64, 2).contiguous()
+        want = reference.combine(y, slots, weights)
+        rounded_twice = (y.float() * weights[:, :1] + y.float() * weights[:, 1:]).bfloat16()
+        assert not torch.equal(want, rounded_twice)
+        assert_same_bits(ops.combine(y.to(device), slots.to(device), weights.to(device)), want)
+
     def test_slots_that_lie_are_skipped(self, device):
         y = torch.ones(2, 16, device=device).bfloat16()
         slots = torch.tensor([[0, 7, -9, 2**31 - 1]], dtype=torch.int32, device=device)

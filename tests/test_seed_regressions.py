@@ -107,7 +107,7 @@ class TestStaticActivationScale:
     def test_runtime_scales_keep_the_size_and_static_ones_do_not(
         self, calibrated_too_small_by, expected, device
     ):
-        x = torch.randn(2048, 2048, device=device)  # the size the expected shrinks were measured on
+        x = torch.randn(2048, 2048).to(device)  # the size the expected shrinks were measured on
         runtime = ops.tensor_scale(x)
         assert abs(self.shrink(x, runtime) - 1) < 0.01
         packed, sf, scale = ops.quantize_rows(x)

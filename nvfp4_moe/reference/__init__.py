@@ -1,6 +1,6 @@
 """The definition of every operator, in plain torch, written to be read. Backends are tested against it.
 
-numbers: fma, exp and the scale rules · quantize · gemm · moe · mxfp4. Slow, CPU only, and never imports an op.
+numbers: fma, exp and the scale rules · quantize · gemm · moe · mxfp4. Slow, CPU only; it never calls an op.
 """
 
 from .gemm import grouped_gemm, linear

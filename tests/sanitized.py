@@ -1,0 +1,40 @@
+"""Every operator on the GPU, for compute-sanitizer: small, ragged, with ids and offsets that lie.
+
+compute-sanitizer --tool memcheck python3 tests/sanitized.py
+"""
+
+import torch
+from cases import lively, ragged_offsets, random_weights
+from test_ops import NAMES, sample_calls
+
+from nvfp4_moe import ops
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for name in NAMES:
+        getattr(torch.ops.nvfp4, name)(*sample_calls("cuda")[name])
+    for R, N, K, E in ((1, 1, 16, 1), (9, 130, 1040, 4), (3, 24, 64, 40), (0, 8, 32, 2)):
+        w, a = random_weights(E, N, K), lively(R, K, dtype=torch.bfloat16)
+        for offsets in (ragged_offsets(R, E), torch.randint(-9, 99, (E + 1,), dtype=torch.int32)):
+            operands = (a, None, None, w.b, w.b_sf, w.alpha, offsets)
+            ops.grouped_gemm(*(t if t is None else t.cuda() for t in operands))
+    for T, E, k in ((1, 8, 2), (70, 256, 8), (3000, 384, 6)):
+        weights, ids = ops.route(torch.randn(T, E, device="cuda"), None, k)
+        rows, offsets, slots = ops.permute(ids, E // 2, E // 4)
+        ops.permute(torch.randint(-(2**31), 2**31 - 1, (T, k), dtype=torch.int32, device="cuda"), E, 0)
+        y = torch.randn(T * k, 48, device="cuda").bfloat16()
+        ops.combine(y, slots * 3, weights)
+        ops.quantize_rows(y, rows - 5)
+    for method in ops.MXFP4_METHODS:
+        packed = torch.randint(0, 256, (2, 40, 64), dtype=torch.uint8, device="cuda")
+        ops.mxfp4_to_nvfp4(
+            packed, torch.randint(0, 256, (2, 40, 4), dtype=torch.uint8, device="cuda"), method
+        )
+    torch.cuda.synchronize()
+    print("ran")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
