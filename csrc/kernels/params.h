@@ -26,14 +26,30 @@ struct QuantizeParams {
   uint8_t* sf;      // [R, S]
 };
 
+// Where block-scaled tensor cores read a grouped product's row scales: expert after expert in one interleaved
+// buffer, each from an atom of its own on (128 rows), so that every expert's part is a layout of its own.
+struct SfGroups {
+  const int32_t* offsets;  // [E + 1] as in GemmParams; null: scales are linear, [R, S]
+  int64_t E;
+
+  // Room for any offsets: a part's last atom may hold a single row.
+  static NVFP4_HD int64_t atom_rows(int64_t R, int64_t E) {
+    return R / SfLayout::kAtomRows + (E < R ? E : R);
+  }
+  static NVFP4_HD int64_t cosize(int64_t R, int64_t E, int64_t S) {
+    return atom_rows(R, E) * SfLayout{1, S}.cosize();
+  }
+};
+
 struct QuantizeRowsParams {
   const void* x;  // [T, K]
   Real dtype;
   const int32_t* rows;  // [R], row r reads x[rows[r]]; null: x[r], R = T
   int64_t T, R, K;
   uint8_t* packed;  // [R, K/2]
-  uint8_t* sf;      // [R, S]
+  uint8_t* sf;      // [R, S], or [cosize] where `groups` has offsets; rows of no expert then have no scales
   float* scale;     // [R], powers of two
+  SfGroups groups;
 };
 
 struct DequantizeParams {
@@ -113,8 +129,9 @@ struct SwigluParams {
 struct SwigluQuantizeParams {
   SwigluParams swiglu;  // its `out` is not used
   uint8_t* packed;      // [R, I/2]
-  uint8_t* sf;          // [R, I/16]
+  uint8_t* sf;          // [R, I/16], or [cosize] where `groups` has offsets
   float* scale;         // [R]
+  SfGroups groups;
 };
 
 struct CombineParams {

@@ -101,16 +101,23 @@ Tensor swiglu(const Tensor& gate_up, std::string act, double act_alpha, double l
 
 std::tuple<Tensor, Tensor, Tensor> swiglu_quantize(const Tensor& gate_up, std::string act, double act_alpha,
                                                    double limit) {
+  return swiglu_quantize_grouped(gate_up, act, act_alpha, limit, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor> swiglu_quantize_grouped(const Tensor& gate_up, std::string act,
+                                                           double act_alpha, double limit,
+                                                           const MaybeTensor& offsets) {
   SwigluParams p = expect_gate_up("swiglu_quantize", gate_up, act, act_alpha, limit);
   expect_multiple("swiglu_quantize", "I, the activation's width,", p.I, kBlock);
   const Tensor pairs = dense(gate_up);
   const Shape lead = lead_of(gate_up);
   p.gate_up = in<bf16>(pairs);
 
-  Tensor packed = empty(gate_up, with(lead, {p.I / 2}), kU8),
-         sf = empty(gate_up, with(lead, {p.I / kBlock}), kF8);
+  const SfGroups groups = groups_of("swiglu_quantize", gate_up, offsets);
+  Tensor packed = empty(gate_up, with(lead, {p.I / 2}), kU8);
+  Tensor sf = empty(gate_up, sf_shape(groups, lead, p.I), kF8);
   Tensor scale = empty(gate_up, lead, kF32);
-  const SwigluQuantizeParams q{p, out<uint8_t>(packed), out<uint8_t>(sf), out<float>(scale)};
+  const SwigluQuantizeParams q{p, out<uint8_t>(packed), out<uint8_t>(sf), out<float>(scale), groups};
   launch(gate_up, q, cpu::swiglu_quantize, cuda::swiglu_quantize);
   return {packed, sf, scale};
 }

@@ -36,7 +36,18 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
            int64_t first_expert, std::string compute, std::string act, double act_alpha, double limit,
            const MaybeTensor& w13_bias, const MaybeTensor& w2_bias);
 
+// Scales as block-scaled tensor cores read a grouped product's rows (SfGroups) where `offsets` int32 [E+1]
+// are given. Not in the public namespace: a layout that only the kernels of such a chip want.
+std::tuple<Tensor, Tensor, Tensor> quantize_rows_grouped(const Tensor& x, const MaybeTensor& rows,
+                                                         const MaybeTensor& offsets);
+std::tuple<Tensor, Tensor, Tensor> swiglu_quantize_grouped(const Tensor& gate_up, std::string act,
+                                                           double act_alpha, double limit,
+                                                           const MaybeTensor& offsets);
+
 // ---- shared by the op families ----
+
+SfGroups groups_of(const char* op, const Tensor& home, const MaybeTensor& offsets);
+Shape sf_shape(const SfGroups& groups, const Shape& lead, int64_t K);
 
 // "nvfp4" quantizes the activations as well (W4A4), "bf16" only the weights (W4A16).
 bool quantizes_activations(const char* op, const std::string& compute);

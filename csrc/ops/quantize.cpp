@@ -32,7 +32,25 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& scale) {
   return {packed, sf};
 }
 
+SfGroups groups_of(const char* op, const Tensor& home, const MaybeTensor& offsets) {
+  if (!offsets) return {nullptr, 0};
+  expect(op, "offsets", *offsets, home, {kI32}, "[E+1]", {kAny});
+  expect_contiguous(op, "offsets", *offsets);
+  NVFP4_CHECK(offsets->numel() > 0, "nvfp4::", op, ": `offsets` must have E + 1 entries, got none");
+  return {in<int32_t>(*offsets), offsets->numel() - 1};
+}
+
+Shape sf_shape(const SfGroups& groups, const Shape& lead, int64_t K) {
+  if (!groups.offsets) return with(lead, {K / kBlock});
+  return {SfGroups::cosize(count(lead), groups.E, K / kBlock)};
+}
+
 std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x, const MaybeTensor& rows) {
+  return quantize_rows_grouped(x, rows, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_rows_grouped(const Tensor& x, const MaybeTensor& rows,
+                                                         const MaybeTensor& offsets) {
   const Tensor values = expect_values("quantize_rows", x);
   const int64_t K = x.size(-1);
   Shape lead = lead_of(x);
@@ -47,11 +65,12 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x, const MaybeTen
     lead = {rows->numel()};
   }
 
-  Tensor packed = empty(x, with(lead, {K / 2}), kU8), sf = empty(x, with(lead, {K / kBlock}), kF8);
+  const SfGroups groups = groups_of("quantize_rows", x, offsets);
+  Tensor packed = empty(x, with(lead, {K / 2}), kU8), sf = empty(x, sf_shape(groups, lead, K), kF8);
   Tensor scale = empty(x, lead, kF32);
   const QuantizeRowsParams p{
-      in<void>(values),     real_of(x.scalar_type()), in<int32_t>(index), T, count(lead), K,
-      out<uint8_t>(packed), out<uint8_t>(sf),         out<float>(scale)};
+      in<void>(values),     real_of(x.scalar_type()), in<int32_t>(index), T,     count(lead), K,
+      out<uint8_t>(packed), out<uint8_t>(sf),         out<float>(scale),  groups};
   launch(x, p, cpu::quantize_rows, cuda::quantize_rows);
   return {packed, sf, scale};
 }

@@ -57,6 +57,22 @@ static void implement(torch::stable::detail::StableLibrary& m) {
 
 STABLE_TORCH_LIBRARY_IMPL(nvfp4, CPU, m) { implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(nvfp4, CUDA, m) { implement(m); }
+// What only chip kernels and the tests of them need.
+STABLE_TORCH_LIBRARY(nvfp4_internal, m) {
+  m.def("quantize_rows_grouped(Tensor x, Tensor? rows, Tensor? offsets) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "swiglu_quantize_grouped(Tensor gate_up, str act, float act_alpha, float limit, Tensor? offsets) -> "
+      "(Tensor, Tensor, Tensor)");
+}
+
+static void implement_internal(torch::stable::detail::StableLibrary& m) {
+  m.impl("quantize_rows_grouped", TORCH_BOX(&nvfp4::quantize_rows_grouped));
+  m.impl("swiglu_quantize_grouped", TORCH_BOX(&nvfp4::swiglu_quantize_grouped));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nvfp4_internal, CPU, m) { implement_internal(m); }
+STABLE_TORCH_LIBRARY_IMPL(nvfp4_internal, CUDA, m) { implement_internal(m); }
+
 STABLE_TORCH_LIBRARY_IMPL(nvfp4, CompositeExplicitAutograd, m) {
   m.impl("gemm_plan", TORCH_BOX(&nvfp4::gemm_plan));
 }

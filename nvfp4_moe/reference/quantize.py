@@ -1,5 +1,7 @@
 """quantize, quantize_rows, dequantize and the scale-factor remaps: the definitions."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -69,3 +71,16 @@ def unmap_sf(sf: Tensor, rows: int, cols: int) -> Tensor:
     """Interleaved [.., cosize] -> linear [.., rows, cols]."""
     offset = sf_offset(torch.arange(rows)[:, None], torch.arange(cols)[None, :], cols)
     return sf.view(torch.uint8)[..., offset].view(torch.float8_e4m3fn)
+
+
+def group_sf(sf: Tensor, offsets: Tensor) -> Tensor:
+    """Linear row scales [R, S] of a grouped product -> one interleaved buffer, expert after expert, each from
+    an atom of its own on; room for the worst offsets, [(R // 128 + min(E, R)) atom rows * 512 ceil(S / 4)],
+    the rest zero."""
+    R, S = sf.shape
+    E = len(offsets) - 1
+    parts = [remap_sf(sf[begin:end]).view(torch.uint8) for begin, end in pairwise(offsets.tolist())]
+    used = torch.cat([torch.zeros(0, dtype=torch.uint8), *parts])
+    out = torch.zeros((R // 128 + min(E, R)) * sf_cosize(1, S), dtype=torch.uint8)
+    out[: len(used)] = used
+    return out.view(torch.float8_e4m3fn)

@@ -20,8 +20,10 @@ void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, in
 void tensor_scale(const TensorScaleParams&);
 void quantize(const QuantizeParams&);
 void quantize_rows(const QuantizeRowsParams&);
-void quantize_row_bf16(const bf16* x, int64_t K, uint8_t* packed, uint8_t* sf,
-                       float* scale);  // one row of it
+// One row of it, scales linear.
+void quantize_row_bf16(const bf16* x, int64_t K, uint8_t* packed, uint8_t* sf, float* scale);
+// Linear scales [R, S] to their expert's atoms in sf [cosize]; every other byte of it becomes zero.
+void group_sf(const SfGroups&, const uint8_t* linear, int64_t R, int64_t S, uint8_t* sf);
 void dequantize(const DequantizeParams&);
 void remap_sf(const RemapParams&);
 void unmap_sf(const RemapParams&);

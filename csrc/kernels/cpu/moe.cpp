@@ -42,6 +42,14 @@ void swiglu(const SwigluParams& p) {
 
 void swiglu_quantize(const SwigluQuantizeParams& p) {
   const SwigluParams& s = p.swiglu;
+  if (p.groups.offsets) {
+    std::vector<uint8_t> linear(s.R * s.I / kBlock);
+    SwigluQuantizeParams plain = p;
+    plain.sf = linear.data();
+    plain.groups = {};
+    swiglu_quantize(plain);
+    return group_sf(p.groups, linear.data(), s.R, s.I / kBlock, p.sf);
+  }
   parallel_for(s.R, grain(s.I), [&](int64_t begin, int64_t end) {
     std::vector<bf16> row(s.I);
     for (int64_t r = begin; r < end; ++r) {

@@ -1,6 +1,7 @@
 // tensor_scale, quantize, quantize_rows, dequantize: one block of 16 values at a time, rows over the threads.
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "kernels.h"
 
@@ -113,6 +114,14 @@ void quantize(const QuantizeParams& p) {
 }
 
 void quantize_rows(const QuantizeRowsParams& p) {
+  if (p.groups.offsets) {  // linear first: nothing here is fast on a CPU that lacks those tensor cores
+    std::vector<uint8_t> linear(p.R * p.K / kBlock);
+    QuantizeRowsParams plain = p;
+    plain.sf = linear.data();
+    plain.groups = {};
+    quantize_rows(plain);
+    return group_sf(p.groups, linear.data(), p.R, p.K / kBlock, p.sf);
+  }
   with_dtype(p.dtype, p.x, [&](auto* x) {
     parallel_for(p.R, grain(p.K), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {

@@ -1,0 +1,363 @@
+// Blocks of 16 values in registers: loading them, their maximum, their e2m1 codes; and the kernel that
+// quantizes whole rows, for whatever yields their blocks.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "device.h"
+#include "kernels.h"
+
+namespace nvfp4::cuda {
+
+constexpr uint32_t kInfinity = 0x7f800000u;  // as bits; NaNs lie above
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// 64-bit division takes about 100 instructions, 32-bit about 20.
+__device__ inline int64_t divide(int64_t a, int64_t b) {
+  if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
+// ---- launches -------------------------------------------------------------------------------------
+
+// Programmatic dependent launch: CTAs come up while the kernel before still runs, and wait in start() until
+// its results are visible. A launch of at most one CTA an SM gains 0.5 of its 1.8 us so; with many short CTAs
+// the wait itself costs more (25 % of relu2 at 65536 x 2048), so larger launches go without. Measured on an
+// H200.
+template <class... Params>
+void launch(void (*kernel)(bool early, Params...), int64_t ctas, dim3 threads, cudaStream_t stream,
+            std::type_identity_t<Params>... params) {
+  if (ctas == 0) return;
+  const bool early = ctas <= sm_count() && capability() >= 90;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(ctas));
+  config.blockDim = threads;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, early, params...));
+}
+
+// What a launched kernel does before it touches memory. Inputs are read by plain loads: the read-only path
+// (__ldg) may serve what was there before the wait.
+__device__ inline void start([[maybe_unused]] bool early) {
+#if __CUDA_ARCH__ >= 900
+  if (!early) return;
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Within one unit in the last place.
+__device__ inline float fast_reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// ---- a block --------------------------------------------------------------------------------------
+
+template <class T>
+struct Block {  // 16 values as they lie in memory
+  static constexpr int kWords = kBlock * sizeof(T) / 4;
+  uint32_t word[kWords];
+};
+
+__device__ inline float value(const Block<float>& b, int i) { return float_of(b.word[i]); }
+__device__ inline float value(const Block<bf16>& b, int i) {
+  return float_of(i % 2 ? b.word[i / 2] & 0xffff0000u : b.word[i / 2] << 16);
+}
+__device__ inline float value(const Block<f16>& b, int i) {
+  const __half2 pair = reinterpret_cast<const __half2&>(b.word[i / 2]);
+  return i % 2 ? __high2float(pair) : __low2float(pair);
+}
+
+// kValues from p into words; where they do not lie at a multiple of 16 bytes (a view's may not), one by one.
+template <int kValues, class T>
+__device__ void load(const T* p, bool aligned, uint32_t* word) {
+  constexpr int kBytes = kValues * sizeof(T);
+  __builtin_assume(__isGlobal(p));
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const uint4 v = reinterpret_cast<const uint4*>(p)[i];
+      word[4 * i] = v.x, word[4 * i + 1] = v.y, word[4 * i + 2] = v.z, word[4 * i + 3] = v.w;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kBytes / 4; ++i) {
+    if constexpr (sizeof(T) == 4) word[i] = bits_of(p[i]);
+    if constexpr (sizeof(T) == 2) word[i] = p[2 * i].bits | static_cast<uint32_t>(p[2 * i + 1].bits) << 16;
+  }
+}
+
+template <class T>
+__device__ Block<T> load_block(const T* p, bool aligned) {
+  Block<T> b;
+  load<kBlock>(p, aligned, b.word);
+  return b;
+}
+
+// Moves the words down by kBits, the lowest bits of `top` in at their upper end. The rare paths loop with it
+// over values that stay in registers: unrolled, 16 divisions would be 11 KB of code.
+template <int kBits, int kWords>
+__device__ void shift(uint32_t (&word)[kWords], uint32_t top) {
+#pragma unroll
+  for (int i = 0; i < kWords; ++i)
+    word[i] = __funnelshift_rc(word[i], i + 1 < kWords ? word[i + 1] : top, kBits);
+}
+
+// The largest magnitude as float bits; a NaN, if there is one.
+template <class T, int kWords>
+__device__ uint32_t largest(const uint32_t (&word)[kWords]) {
+  if constexpr (sizeof(T) == 4) {
+    uint32_t top = 0;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) top = max(top, word[i] & 0x7fffffffu);
+    return top;
+  } else {
+    using Pair = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
+    Pair top = __habs2(reinterpret_cast<const Pair&>(word[0]));
+#pragma unroll
+    for (int i = 1; i < kWords; ++i) top = __hmax2_nan(top, __habs2(reinterpret_cast<const Pair&>(word[i])));
+    const auto most = __hmax_nan(top.x, top.y);  // torch's build flags forbid its conversion operators
+    return bits_of(to_float(reinterpret_cast<const T&>(most))) & 0x7fffffffu;
+  }
+}
+template <class T>
+__device__ uint32_t largest(const Block<T>& b) {
+  return largest<T>(b.word);
+}
+
+// The same over finite values; `top` is largest(b).
+template <class T>
+__device__ uint32_t largest_finite(const Block<T>& b, uint32_t top) {
+  if (top < kInfinity) return top;
+  top = 0;
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    const uint32_t u = bits_of(value(b, i)) & 0x7fffffffu;
+    if (u < kInfinity) top = max(top, u);
+  }
+  return top;
+}
+
+// ---- e2m1 codes -----------------------------------------------------------------------------------
+// For a quotient a >= 0 the code is min(2 a, a + 2, a / 2 + 4), 7 at most, rounded to the nearest integer,
+// ties to even: three FMAs that add 1.5 * 2^23 (in half precision 1.5 * 2^10) round just so and leave the
+// integer in the low bits. They start from a / 8 saturated at 1, which costs nothing; for it to end at 7 the
+// third line is h a + 5 with the largest float h below 0.3. That is 6.5 at a = 5 but for h's error, which is
+// smaller than the tie is wide and than what the next a adds; more than the other two below 4, and less
+// than 7.5 at 8.
+
+// The sign bits of values 8 h .. 8 h + 7, each at the top of its nibble.
+template <class T>
+__device__ uint32_t signs(const Block<T>& b, int h) {
+  uint32_t even, odd;  // the bytes that hold them
+  if constexpr (sizeof(T) == 4) {
+    const uint32_t* w = b.word + 8 * h;
+    even = __byte_perm(__byte_perm(w[0], w[2], 0x73), __byte_perm(w[4], w[6], 0x73), 0x5410);
+    odd = __byte_perm(__byte_perm(w[1], w[3], 0x73), __byte_perm(w[5], w[7], 0x73), 0x5410);
+  } else {
+    const uint32_t* w = b.word + 4 * h;
+    const uint32_t low = __byte_perm(w[0], w[1], 0x7531), high = __byte_perm(w[2], w[3], 0x7531);
+    even = __byte_perm(low, high, 0x6420);
+    odd = __byte_perm(low, high, 0x7531);
+  }
+  return (even >> 4 & 0x08080808u) | (odd & 0x80808080u);
+}
+
+// Codes of values 8 h .. 8 h + 7. With r = 1 / step rounded correctly, q = x r and q + r (x - q step) is the
+// correctly rounded quotient away from under- and overflow: what nvcc emits for a division, its reciprocal
+// shared by the block.
+template <class T>
+__device__ uint32_t codes_by_quotient(const Block<T>& b, int h, float step8) {
+  constexpr float kMagic = 0x1.8p23f;
+  const float r = __frcp_rn(step8);
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 7; i >= 0; --i) {
+    const float x = fabsf(value(b, 8 * h + i)), q = x * r;
+    const float a8 = __saturatef(fma32(fma32(-q, step8, x), r, q));
+    const float low = fma32(a8, 16.0f, kMagic), mid = fma32(a8, 8.0f, kMagic + 2);
+    const float high = fma32(a8, 0x1.333332p+1f, kMagic + 5);
+    word =
+        word * 16 + __vimin3_s32(bits_of(low), bits_of(mid), bits_of(high));  // positive: ordered as integers
+  }
+  return (word - 0x4b400000u * 0x11111111u) | signs(b, h);
+}
+
+// The same for bf16 where the scale is a power of two: x has 8 significant bits and step 4, so x r is a
+// midpoint but for r's error, or 2^-8 away from one. Rounding to half's 11 bits tells the two apart, and then
+// two values fit in a register.
+__device__ inline uint32_t codes_in_halves(const Block<bf16>& b, int h, float step8) {
+  const __half2 low = __float2half2_rn(1536), mid = __float2half2_rn(1538), high = __float2half2_rn(1541);
+  const __half2 slope = __float2half2_rn(1228.0f / 512);  // 8 h in halves
+  const float r = fast_reciprocal(step8);
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 3; i >= 0; --i) {
+    const float x = fabsf(value(b, 8 * h + i)), y = fabsf(value(b, 8 * h + i + 4));
+    const __half2 a8 = __floats2half2_rn(__saturatef(x * r), __saturatef(y * r));
+    const __half2 c[3] = {__hfma2(a8, __float2half2_rn(16), low), __hfma2(a8, __float2half2_rn(8), mid),
+                          __hfma2(a8, slope, high)};
+    const auto* u = reinterpret_cast<const uint32_t*>(c);
+    word = word * 16 + __vimin3_s16x2(u[0], u[1], u[2]);
+  }
+  return (word - 0x66006600u * 0x1111u) | signs(b, h);
+}
+
+// Codes of all 16 by true division.
+template <class T>
+__device__ uint2 codes_by_division(Block<T> b, float step) {
+  uint32_t codes[2] = {};
+#pragma unroll 1
+  for (int i = 0; i < kBlock; ++i) {
+    const float x = value(b, 0);
+    shift<4>(codes, e2m1_encode(x, x / step));
+    shift<8 * sizeof(T)>(b.word, 0);
+  }
+  return {codes[0], codes[1]};
+}
+
+// One block to its 8 bytes; returns its scale. `top` is largest(b).
+template <bool kPowerOfTwo, class T>
+__device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, float scale, uint8_t* packed) {
+  constexpr uint32_t kLow = (127 - 60) << 23, kHigh = (127 + 60) << 23;  // 2^-60, 2^60
+  const uint32_t byte = block_scale(float_of(top), scale);
+  const float step = top ? e4m3_decode(byte) * scale : 1.0f;  // zeros are zeros by any step
+  uint2 codes;
+  if (top > kHigh || bits_of(step) - kLow > kHigh - kLow)
+    codes = codes_by_division(b, step);
+  else if constexpr (kPowerOfTwo && std::is_same_v<T, bf16>)
+    codes = {codes_in_halves(b, 0, 8 * step), codes_in_halves(b, 1, 8 * step)};
+  else
+    codes = {codes_by_quotient(b, 0, 8 * step), codes_by_quotient(b, 1, 8 * step)};
+  *reinterpret_cast<uint2*>(packed) = codes;
+  return static_cast<uint8_t>(byte);
+}
+
+// ---- whole rows -----------------------------------------------------------------------------------
+
+struct QuantizedRows {  // R rows of S blocks
+  int64_t R;
+  int S;
+  uint8_t* packed;
+  uint8_t* sf;
+  float* scale;
+  SfGroups groups;
+};
+
+// Where a row's scales go: four columns together, and `stride` bytes on to the next four.
+struct SfPlace {
+  uint8_t* first;  // null: nowhere, no expert has the row
+  int64_t stride;
+
+  __device__ void store(int s, uint8_t byte) const {
+    if (first) first[(s >> 2) * stride + (s & 3)] = byte;
+  }
+};
+
+// Every warp of a row finds it by itself: the atoms of the experts that end before the row, and which row of
+// its own expert it is.
+__device__ inline SfPlace sf_place(const QuantizedRows& out, int64_t r) {
+  if (!out.groups.offsets) return {out.sf + r * out.S, 4};
+  int atoms = 0, local = -1;
+  const auto bounded = [&](int32_t x, int64_t least) {
+    return static_cast<int>(x < least ? least : x < out.R ? x : out.R);
+  };
+  for (int e = threadIdx.x % 32; e < out.groups.E; e += 32) {
+    const int begin = bounded(out.groups.offsets[e], 0), end = bounded(out.groups.offsets[e + 1], begin);
+    if (end <= r) atoms += (end - begin + 127) / 128;
+    if (begin <= r && r < end) local = static_cast<int>(r) - begin;
+  }
+  atoms = __reduce_add_sync(~0u, atoms);
+  local = __reduce_max_sync(~0u, local);
+  const SfLayout layout{1, out.S};
+  const int64_t atom = atoms + local / 128;
+  if (local < 0 || atom >= SfGroups::atom_rows(out.R, out.groups.E)) return {nullptr, 0};
+  return {out.sf + atom * layout.cosize() + layout.offset(local % 128, 0), SfLayout::kAtom};
+}
+
+// The largest of a row's `top`s; a row has blockDim.x threads, whole warps.
+__device__ inline uint32_t row_max(uint32_t top) {
+  __shared__ uint32_t tops[32];
+  const int warps = blockDim.x / 32, first = threadIdx.y * warps, lane = threadIdx.x % 32;
+  top = __reduce_max_sync(~0u, top);
+  if (warps == 1) return top;
+  if (lane == 0) tops[first + threadIdx.x / 32] = top;
+  __syncthreads();
+  return __reduce_max_sync(~0u, lane < warps ? tops[first + lane] : 0);
+}
+
+constexpr int kMostHeld = 4;
+
+// A thread takes blocks threadIdx.x, + blockDim.x, ... of its row. It holds the first kHeld between the two
+// passes over them; with kMostHeld more may follow, and those it reads twice.
+template <int kHeld, class Source>
+__global__ void __launch_bounds__(512) quantize_rows_kernel(bool early, Source source, QuantizedRows out) {
+  start(early);
+  const int64_t mine = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t r = min(mine, out.R - 1);  // threads beyond the last row repeat it: a barrier wants everybody
+  const int beyond = kHeld == kMostHeld ? threadIdx.x + kHeld * blockDim.x : out.S;
+  const auto blocks = source.row(r);
+  decltype(blocks(0)) held[kHeld];
+  uint32_t tops[kHeld], top = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (const int s = threadIdx.x + i * blockDim.x; s < out.S) held[i] = blocks(s);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int s = threadIdx.x + i * blockDim.x;
+    if (s >= out.S) break;
+    tops[i] = largest(held[i]);
+    top = max(top, largest_finite(held[i], tops[i]));
+  }
+  for (int s = beyond; s < out.S; s += blockDim.x) {
+    const auto b = blocks(s);
+    top = max(top, largest_finite(b, largest(b)));
+  }
+  const float scale = row_scale(float_of(row_max(top)));
+  if (threadIdx.x == 0) out.scale[r] = scale;
+
+  const SfPlace place = sf_place(out, r);
+  const auto finish = [&](const auto& b, uint32_t top, int s) {
+    place.store(s, quantize_block<true>(b, top, scale, out.packed + (r * out.S + s) * 8));
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (const int s = threadIdx.x + i * blockDim.x; s < out.S) finish(held[i], tops[i], s);
+  for (int s = beyond; s < out.S; s += blockDim.x) {
+    const auto b = blocks(s);
+    finish(b, largest(b), s);
+  }
+}
+
+// Holding more blocks in fewer threads gives more loads in flight, fewer gives small launches more threads,
+// and costly sources the registers they want. Measured on an H200, of the copy rate, with 2 and 4 blocks
+// held: quantize_rows 83 % and 92 % (65536 x 2880), swiglu_quantize 62 % and 50 % (16384 x 14336).
+template <class Source>
+void quantize_all_rows(const Source& source, const QuantizedRows& out, cudaStream_t stream) {
+  if (out.groups.offsets)  // the padding; the rows' own scales follow
+    CUDA_CHECK(cudaMemsetAsync(out.sf, 0, SfGroups::cosize(out.R, out.groups.E, out.S), stream));
+  const int fewest = out.S <= 512 ? 1 : out.S <= 1024 ? 2 : kMostHeld;
+  const int most = out.S <= 64 ? 1 : out.S <= 256 ? 2 : kMostHeld;
+  const int held = Source::kCheap && out.R > 512 ? most : fewest;
+  const int warps = std::clamp<int>(ceil_div(out.S, 32 * held), 1, 16);
+  const dim3 threads(32 * warps, std::max(1, 4 / warps));
+  const int64_t ctas = ceil_div(out.R, threads.y);
+  if (held == 1) launch(quantize_rows_kernel<1, Source>, ctas, threads, stream, source, out);
+  if (held == 2) launch(quantize_rows_kernel<2, Source>, ctas, threads, stream, source, out);
+  if (held == kMostHeld) launch(quantize_rows_kernel<kMostHeld, Source>, ctas, threads, stream, source, out);
+}
+
+}  // namespace nvfp4::cuda
