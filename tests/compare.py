@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# What a kernel's refusal arrives as: up to 2.13 torch's stable ABI hands the exception's class over, 2.15 its
+# text only.
+REFUSED = ValueError if torch.__version__ < "2.14" else (ValueError, RuntimeError)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from cases import lively, random_weights
-from compare import assert_same_bits
+from compare import REFUSED, assert_same_bits
 from conftest import missing_gpu
 from test_ops import NAMES, outcome, sample_calls, spoil
 
@@ -108,6 +108,25 @@ class TestEveryOperator:
             call(name, args)
         torch.cuda.synchronize()
         assert torch.cuda.memory_allocated() == before
+
+
+def test_views_at_any_offset_work_or_are_refused():
+    w = random_weights(2, 24, 64)
+    a, offsets = lively(5, 64, dtype=torch.bfloat16), torch.tensor([0, 2, 5], dtype=torch.int32)
+
+    def shifted(t):  # the same values, at an odd place in memory
+        room = torch.empty(t.numel() + 1, dtype=t.dtype, device="cuda")
+        room[1:].copy_(t.flatten())
+        return room[1:].view(t.shape)
+
+    plain = [t.cuda() for t in (a, w.b, w.b_sf, w.alpha, offsets)]
+    want = ops.grouped_gemm(plain[0], None, None, *plain[1:])
+    got = ops.grouped_gemm(shifted(a), None, None, *plain[1:3], shifted(w.alpha), shifted(offsets))
+    assert_same_bits(got, want.cpu())
+    assert_same_bits(ops.quantize_rows(shifted(a)), ops.quantize_rows(a))
+    assert_same_bits(ops.swiglu_quantize(shifted(a)), ops.swiglu_quantize(a))
+    with pytest.raises(REFUSED, match="`b` must start at a multiple of 8 bytes"):
+        ops.grouped_gemm(plain[0], None, None, shifted(w.b), *plain[2:])
 
 
 def moe_layer(E, H, I, k):

@@ -98,6 +98,16 @@ def test_where_choices_run_out_ids_are_minus_one_and_weights_zero(device):
     assert weights.tolist() == [[0, 0, 0], [1, 0, 0]]
 
 
+def test_groups_of_infinities_are_ranked_alike_everywhere(device):
+    """inf and -inf in one group make its score a NaN."""
+    logits, bias = torch.zeros(3, 12), torch.zeros(12)
+    bias[0], bias[1], bias[4:6], bias[8] = torch.inf, -torch.inf, torch.inf, -torch.inf
+    args = (6, "sigmoid", 6, 2, True, 1.0)
+    assert_same_bits(
+        ops.route(logits.to(device), bias.to(device), *args), reference.route(logits, bias, *args)
+    )
+
+
 def test_ties_go_to_the_lower_expert(device):
     _, ids = ops.route(torch.zeros(1, 64, device=device), None, 5)
     assert ids.tolist() == [[0, 1, 2, 3, 4]]

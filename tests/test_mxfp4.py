@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import poison, random_packed
-from compare import assert_same_bits
+from compare import REFUSED, assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -341,9 +341,9 @@ class TestRejects:
         ],
     )
     def test_an_operand_of_another_kind(self, packed, e8m0, operand, device):
-        with pytest.raises(ValueError, match=f"mxfp4_to_nvfp4.*{operand}"):
+        with pytest.raises(REFUSED, match=f"mxfp4_to_nvfp4.*{operand}"):
             convert(packed, e8m0, "best", device)
 
     def test_a_method_it_does_not_know(self, device):
-        with pytest.raises(ValueError, match=r"mxfp4_to_nvfp4.*method.*best.*got fastest"):
+        with pytest.raises(REFUSED, match=r"mxfp4_to_nvfp4.*method.*best.*got fastest"):
             convert(zeros(2, 16), zeros(2, 1), "fastest", device)

@@ -79,6 +79,30 @@ def test_quantize_broadcasts_its_scale(device):
         )
 
 
+@pytest.mark.parametrize(
+    "scale", [torch.inf, -torch.inf, torch.nan, -torch.nan, -1.0, 0.0, 2.0**-149], ids=str
+)
+def test_odd_scales_of_the_callers_own_give_the_reference_bits(scale, device):
+    x = awkward(11, 64)
+    scale = torch.tensor(scale)
+    assert_same_bits(ops.quantize(x.to(device), scale.to(device)), reference.quantize(x, scale))
+
+
+def test_every_bf16_quotient_rounds_as_division_does(device):
+    """Every mantissa of a block's maximum under every exponent of its scale, over every value of 16 octaves
+    below."""
+    amax = (1 + torch.arange(128) / 128).repeat_interleave(18)
+    exponent = torch.arange(18).repeat(128)
+    values = ((1 + torch.arange(128) / 128) * 2.0 ** -torch.arange(16.0)[:, None]).flatten()
+    below = torch.cat([values, -values])[: 273 * 15].view(273, 15)
+    x = torch.minimum(below.abs(), amax[:, None, None]) * below.sign()
+    x = torch.cat([amax[:, None, None].expand(-1, 273, 1), x], -1).flatten(1)  # the maximum leads each block
+    first = torch.zeros(len(x), 16)
+    first[:, 0] = amax * 2.0**exponent  # fixes the row's scale, and with it the exponent of the other blocks'
+    x = torch.cat([first, x], 1).bfloat16()
+    assert_same_bits(ops.quantize_rows(x.to(device)), reference.quantize_rows(x))
+
+
 def test_strided_activations_are_read_as_they_are(device):
     x = lively(32, 12, 3).to(device)[..., 1].T  # [12, 32], neither stride 1 nor packed
     assert_same_bits(ops.quantize_rows(x), reference.quantize_rows(x.cpu()))

@@ -90,10 +90,9 @@ NVFP4_HD float row_scale(float amax) {
 
 // The e4m3 scale of a block from its largest magnitude (NaN if it holds one) and the global scale.
 NVFP4_HD uint32_t block_scale(float amax, float scale) {
-  float q = amax / (kE2m1Max * scale);
-  if (is_nan(q) && amax == 0.0f) q = 0.0f;  // 0/0 counts as 0
-  if (q < kE4m3Min) q = kE4m3Min;
-  return e4m3_encode(q);
+  const float q = amax / (kE2m1Max * scale);
+  if (is_nan(q)) return amax == 0.0f ? 0x01 : kE4m3NaN;  // 0/0 counts as 0; chips differ in a NaN's sign
+  return e4m3_encode(q < kE4m3Min ? kE4m3Min : q);
 }
 
 }  // namespace nvfp4

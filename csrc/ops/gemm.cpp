@@ -15,9 +15,9 @@ void expect_weights(const char* op, const std::string& w, const Tensor& home, co
   const std::string sf = w + "_sf", a = w == "b" ? "alpha" : w + "_alpha",
                     bs = w == "b" ? "bias" : w + "_bias";
   expect(op, w.c_str(), b, home, {kU8}, "[E, N, K/2]", {E, N, K / 2});
-  expect_contiguous(op, w.c_str(), b);
+  expect_weight(op, w.c_str(), b);
   expect(op, sf.c_str(), b_sf, home, {kF8}, "[E, cosize(N, K/16)]", {E, SfLayout{N, K / kBlock}.cosize()});
-  expect_contiguous(op, sf.c_str(), b_sf);
+  expect_weight(op, sf.c_str(), b_sf);
   if (alpha.dim() == 2) {
     expect(op, a.c_str(), alpha, home, {kF32}, "[E] or [E, 2]", {E, 2});
     expect_multiple(op, concat("N of `", w, "`, split between two alphas,").c_str(), N, 2);
@@ -71,7 +71,7 @@ Tensor grouped_gemm(const Tensor& a, const MaybeTensor& a_sf, const MaybeTensor&
   }
   expect_weights(op, "b", a, b, b_sf, alpha, bias, E, N, K);
   expect(op, "offsets", offsets, a, {kI32}, "[E+1]", {E + 1});
-  const Tensor rows = dense(a), bounds = dense(offsets);
+  const Tensor rows = aligned(a), bounds = dense(offsets);
   const MaybeTensor blocks = dense(a_sf);
   const MaybeTensor scales =
       a_scale ? MaybeTensor(spread_scale(op, "a_scale", *a_scale, a, {R})) : std::nullopt;
@@ -96,15 +96,15 @@ Tensor linear(const Tensor& x, const Tensor& b, const Tensor& b_sf, const Tensor
   const char* op = "linear";
   const bool quantized = quantizes_activations(op, compute);
   expect(op, "b", b, x, {kU8}, "[N, K/2]", {kAny, kAny});
-  expect_contiguous(op, "b", b);
+  expect_weight(op, "b", b);
   const int64_t N = b.size(0), K = 2 * b.size(1);
   expect_multiple(op, "K, twice the last dimension of `b`,", K, kBlock);
   expect_tail(op, "x", x, b, {kBf16}, "[.., K]", {K});
   expect(op, "b_sf", b_sf, x, {kF8}, "[cosize(N, K/16)]", {SfLayout{N, K / kBlock}.cosize()});
-  expect_contiguous(op, "b_sf", b_sf);
+  expect_weight(op, "b_sf", b_sf);
   expect(op, "alpha", alpha, x, {kF32}, "[] or [N]", alpha.dim() == 0 ? Shape{} : Shape{N});
   if (bias) expect(op, "bias", *bias, x, {kF32}, "[N]", {N});
-  const Tensor rows = dense(x), alphas = dense(alpha);
+  const Tensor rows = aligned(x), alphas = dense(alpha);
   const MaybeTensor offset = dense(bias);
   const Shape lead = lead_of(x);
 

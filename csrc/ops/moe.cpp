@@ -154,7 +154,7 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   expect_multiple(op, "I, twice the last dimension of `w2`,", I, kBlock);
   expect_weights(op, "w13", x, w13, w13_sf, w13_alpha, w13_bias, E, gate_up_width, H);
   expect_weights(op, "w2", x, w2, w2_sf, w2_alpha, w2_bias, E, H, I);
-  const Tensor tokens = dense(x);
+  const Tensor tokens = aligned(x);
 
   const auto [rows, offsets, slots] = permute(ids, E, first_expert);
   Tensor gate_up = empty(x, {R, gate_up_width}, kBf16), y = empty(x, {R, H}, kBf16);

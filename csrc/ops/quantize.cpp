@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> mxfp4_to_nvfp4(const Tensor& packed, const Te
   NVFP4_CHECK(chosen, "nvfp4::", op,
               ": `method` must be best | requantize | verbatim_midpoint | verbatim_search | hybrid, got ",
               method);
-  const Tensor codes = dense(packed), exponents = dense(e8m0);
+  const Tensor codes = aligned(packed), exponents = aligned(e8m0);
 
   Tensor packed_out = empty(packed, with(lead, {N, K / 2}), kU8),
          sf = empty(packed, with(lead, {N, K / kBlock}), kF8);

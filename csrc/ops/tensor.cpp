@@ -80,9 +80,24 @@ void expect_tail(const char* op, const char* name, const Tensor& t, const Tensor
   expect_common(op, name, t, home, dtypes, symbols, tail, long_enough && fits(end, tail));
 }
 
+static bool starts_at(const Tensor& t, uintptr_t multiple) {
+  return !t.is_cuda() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % multiple == 0;
+}
+
 void expect_contiguous(const char* op, const char* name, const Tensor& t) {
   NVFP4_CHECK(t.is_contiguous(), "nvfp4::", op, ": `", name, "` must be contiguous, got shape ",
               show(shape_of(t)), " with strides ", show(Shape(t.strides().begin(), t.strides().end())));
+}
+
+void expect_weight(const char* op, const char* name, const Tensor& t) {
+  expect_contiguous(op, name, t);
+  NVFP4_CHECK(starts_at(t, 8), "nvfp4::", op, ": `", name,
+              "` must start at a multiple of 8 bytes, got a view with storage offset ", t.storage_offset());
+}
+
+Tensor aligned(const Tensor& t) {
+  const Tensor packed = dense(t);
+  return starts_at(packed, 16) ? packed : torch::stable::clone(packed);
 }
 
 void expect_multiple(const char* op, const char* what, int64_t value, int64_t of) {

@@ -57,6 +57,8 @@ void expect_tail(const char* op, const char* name, const Tensor& t, const Tensor
                  std::initializer_list<ScalarType> dtypes, const char* symbols, const Shape& tail);
 // Large operands are never copied behind the user's back.
 void expect_contiguous(const char* op, const char* name, const Tensor& t);
+void expect_weight(const char* op, const char* name,
+                   const Tensor& t);  // and on a GPU at a multiple of 8 bytes
 void expect_multiple(const char* op, const char* what, int64_t value, int64_t of);
 
 Real real_of(ScalarType dtype);
@@ -80,6 +82,9 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
   if (!t) return std::nullopt;
   return torch::stable::contiguous(*t);
 }
+
+// The same, on a GPU at a multiple of 16 bytes: the copy engines and 128-bit loads of the GEMMs want no less.
+Tensor aligned(const Tensor& t);
 
 // An uninitialised tensor where `like` lives.
 Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype);

@@ -113,5 +113,5 @@ def row_scale(amax: Tensor) -> Tensor:
 def block_scale(amax: Tensor, scale: Tensor) -> Tensor:
     """e4m3(clamp(amax / (6 * scale), 2^-9, 448)); 0/0 counts as 0, NaN stays NaN (byte 0x7F)."""
     q = amax / (E2M1_MAX * scale)
-    q = torch.where(q.isnan() & (amax == 0), 0.0, q)
+    q = torch.where(q.isnan(), torch.where(amax == 0, 0.0, torch.nan), q)
     return e4m3_encode(q.clamp(min=E4M3_MIN))

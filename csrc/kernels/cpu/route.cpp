@@ -41,12 +41,16 @@ NVFP4_CLONES void sqrt_softplus(float* s, int64_t E) {
   for (int64_t e = 0; e < E; ++e) s[e] = __builtin_sqrtf(softplus32(s[e]));
 }
 
-// The first `count` indices of [0, n) by descending value, ties to the lower index.
+// The first `count` indices of [0, n) by descending value, ties to the lower index. A NaN, which only a
+// group's score can be (inf - inf), comes first, as torch sorts.
 void best(const float* value, int64_t n, int64_t count, std::vector<int32_t>& order) {
   order.resize(n);
   std::iota(order.begin(), order.end(), 0);
   std::partial_sort(order.begin(), order.begin() + count, order.end(), [&](int32_t i, int32_t j) {
-    return value[i] > value[j] || (value[i] == value[j] && i < j);
+    const bool nan_i = is_nan(value[i]), nan_j = is_nan(value[j]);
+    if (nan_i != nan_j) return nan_i;
+    if (nan_i || value[i] == value[j]) return i < j;
+    return value[i] > value[j];
   });
 }
 

@@ -5,6 +5,8 @@
 // values of a stage each: one NVFP4 block, 8 bytes and one scale, for weights and packed activations alike.
 // Which k an MMA calls k does not matter as long as both operands agree. An output is summed in ascending
 // stages by the same instructions whatever the tile, R or the other rows are.
+//
+// cp.async wants addresses aligned as allocators align them: 16 bytes for bf16 rows, 8 for codes, 4 for b_sf.
 #include <algorithm>
 
 #include "device.h"
@@ -134,30 +136,29 @@ class Loader {
     }
   }
 
-  // The next stage's bytes.
-  __device__ void load(Stage<kRows, kCols, kPackedA>& stage) {
+  // The stage that starts with block `first` of K.
+  __device__ void load(int first, Stage<kRows, kCols, kPackedA>& stage) const {
     const int t = threadIdx.x, unit = t % kUnits;
-    const bool inside = block_ + t % kBlocks < blocks_;
+    const bool inside = first + t % kBlocks < blocks_;
 #pragma unroll
     for (int i = 0; i < kCols / 32; ++i)
-      copy_async<8>(&stage.b[t / kBlocks + 32 * i][t % kBlocks * 8], b_[i] + block_ * 8, inside);
+      copy_async<8>(&stage.b[t / kBlocks + 32 * i][t % kBlocks * 8], b_[i] + first * 8, inside);
     if (t < kCols)
-      copy_async<4>(&stage.b_sf[t], b_sf_ + block_ * (SfLayout::kAtom / kBlocks), block_ < blocks_);
-    const bool a_inside = block_ + (kPackedA ? unit : unit / 2) < blocks_;
+      copy_async<4>(&stage.b_sf[t], b_sf_ + first * (SfLayout::kAtom / kBlocks), first < blocks_);
+    const bool a_inside = first + (kPackedA ? unit : unit / 2) < blocks_;
 #pragma unroll
     for (int i = 0; i < kRowsEach; ++i) {
       const int row = (t + i * kThreads) / kUnits;
       if (row >= kRows) break;
       if constexpr (kPackedA)
-        copy_async<8>(&stage.a[row][unit * 8], a_[i] + block_ * 8, a_inside);
+        copy_async<8>(&stage.a[row][unit * 8], a_[i] + first * 8, a_inside);
       else  // units rotate by row, so that a fragment's 16-byte reads spread over the banks
-        copy_async<16>(&stage.a[row][(unit ^ row % 8) * 16], a_[i] + block_ * 2 * kBlock, a_inside);
+        copy_async<16>(&stage.a[row][(unit ^ row % 8) * 16], a_[i] + first * 2 * kBlock, a_inside);
     }
     if constexpr (kPackedA) {
-      if (t < kRows) load_a_sf(stage.a_sf[t]);
+      if (t < kRows) load_a_sf(first, stage.a_sf[t]);
     }
     asm volatile("cp.async.commit_group;");
-    block_ += kBlocks;
   }
   __device__ int blocks() const { return blocks_; }
 
@@ -165,15 +166,15 @@ class Loader {
   static constexpr int kUnits = kPackedA ? kBlocks : kStep / 8;  // of a row of a
   static constexpr int kRowsEach = (kRows * kUnits + kThreads - 1) / kThreads;
 
-  __device__ void load_a_sf(uint32_t& to) const {
-    if (a_sf_words_) return copy_async<4>(&to, a_sf_ + block_, block_ < blocks_);
+  __device__ void load_a_sf(int first, uint32_t& to) const {
+    if (a_sf_words_) return copy_async<4>(&to, a_sf_ + first, first < blocks_);
     uint32_t word = 0;  // rows of scales that start anywhere
-    for (int i = 0; i < kBlocks && block_ + i < blocks_; ++i)
-      word |= static_cast<uint32_t>(a_sf_[block_ + i]) << 8 * i;
+    for (int i = 0; i < kBlocks && first + i < blocks_; ++i)
+      word |= static_cast<uint32_t>(a_sf_[first + i]) << 8 * i;
     to = word;
   }
 
-  int blocks_, block_ = 0;  // of K; the next stage's first
+  int blocks_;  // of K
   const uint8_t *b_[kCols / 32], *b_sf_, *a_[kRowsEach], *a_sf_;
   bool a_sf_words_;  // each row's scales start at a word
 };
@@ -318,8 +319,9 @@ __device__ void store_tile(const GemmParams& p, const Tile& tile, int n0, const 
 
 // ---- kernel ---------------------------------------------------------------------------------------
 
+// Few rows wait for memory: 9 CTAs on an SM want at most 56 registers a thread.
 template <int MT, int NT, int kStages, bool kPackedA>
-__global__ void __launch_bounds__(kThreads) gemm_tile(GemmParams p) {
+__global__ void __launch_bounds__(kThreads, MT == 1 ? 9 : 1) gemm_tile(GemmParams p) {
   constexpr int kRows = 16 * MT, kCols = 32 * NT;
   __shared__ Stage<kRows, kCols, kPackedA> stages[kStages];
   Tile tile;
@@ -329,13 +331,13 @@ __global__ void __launch_bounds__(kThreads) gemm_tile(GemmParams p) {
 
   if (tile.e < p.E) {
     Loader<kRows, kCols, kPackedA> loader(p, tile, n0);
-    for (int s = 0; s < kStages - 1; ++s) loader.load(stages[s]);
+    for (int s = 0; s < kStages - 1; ++s) loader.load(s * kBlocks, stages[s]);
     int read = 0, write = kStages - 1;
     const int c = threadIdx.x % 4;
     for (int block = 0; block < loader.blocks(); block += kBlocks) {
       asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2));
       __syncthreads();  // stage `read` is there, and everyone is done with `write`
-      loader.load(stages[write]);
+      loader.load(block + (kStages - 1) * kBlocks, stages[write]);
       multiply_stage<MT, NT, kPackedA>(stages[read], block + c < loader.blocks(), acc);
       read = read + 1 < kStages ? read + 1 : 0;
       write = write + 1 < kStages ? write + 1 : 0;

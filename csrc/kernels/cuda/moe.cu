@@ -146,7 +146,7 @@ __device__ inline void add(uint4 y, float weight, float (&acc)[kVector]) {
 }
 
 // A CTA takes kThreads vectors of one token.
-__global__ void __launch_bounds__(kThreads, 10) combine_kernel(bool early, CombineParams p, unsigned chunks) {
+__global__ void __launch_bounds__(kThreads) combine_kernel(bool early, CombineParams p, unsigned chunks) {
   start(early);
   const int64_t t = blockIdx.x / chunks, v = blockIdx.x % chunks * kThreads + threadIdx.x,
                 width = p.H / kVector;
@@ -191,7 +191,7 @@ void swiglu(const SwigluParams& p, cudaStream_t stream) {
   const bool vectors = p.I % kVector == 0 && aligned16(p.gate_up) && aligned16(p.out);
   const int64_t ctas = ceil_div(vectors ? p.R * p.I / kVector : p.R * p.I, kThreads);
   with_act(p.act, [&](auto act) {
-    launch(vectors ? swiglu_kernel<act> : swiglu_single_kernel<act>, ctas, kThreads, stream, p);
+    launch(vectors ? swiglu_kernel<act> : swiglu_single_kernel<act>, {ctas, kThreads}, stream, p);
   });
 }
 
@@ -206,9 +206,9 @@ void swiglu_quantize(const SwigluQuantizeParams& p, cudaStream_t stream) {
 void combine(const CombineParams& p, cudaStream_t stream) {
   if (p.H % kVector == 0 && aligned16(p.y) && aligned16(p.out)) {
     const auto chunks = static_cast<unsigned>(ceil_div(p.H, kThreads * kVector));
-    launch(combine_kernel, p.T * chunks, kThreads, stream, p, chunks);
+    launch(combine_kernel, {p.T * chunks, kThreads}, stream, p, chunks);
   } else {
-    launch(combine_single_kernel, ceil_div(p.T * p.H, kThreads), kThreads, stream, p);
+    launch(combine_single_kernel, {ceil_div(p.T * p.H, kThreads), kThreads}, stream, p);
   }
 }
 

@@ -4,8 +4,8 @@
 // tile and one launch; more take a first launch that leaves every tile's counts in the workspace.
 #include <algorithm>
 
-#include "device.h"
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace nvfp4::cuda {
 namespace {
@@ -15,8 +15,8 @@ constexpr int kMostThreads = 1024;
 constexpr int kWindow = 2048;           // experts counted at once; more take further passes over the choices
 constexpr int kSharedWords = 11 << 10;  // of the 12 K that every chip gives without asking
 constexpr int kAhead = 4;               // loads a thread has under way
-constexpr int64_t kOneTile = 4096;
-constexpr int64_t kTileLeast = 1024, kMostTiles = 64;
+constexpr int64_t kOneTile = 2048;      // one CTA: 3.2 us for 512 choices, 5.9 for 2048, 8.1 for 4096 (H200)
+constexpr int64_t kTileLeast = 512, kMostTiles = 128;
 
 struct Plan {
   int tiles, tile, threads;  // number, choices of each, threads of its CTA
@@ -40,7 +40,7 @@ Plan plan_of(const PermuteParams& p) {
 }
 
 __device__ int expert_of(const PermuteParams& p, int64_t i) {  // -1: not one of ours
-  const int64_t e = __ldg(p.ids + i) - p.first_expert;
+  const int64_t e = p.ids[i] - p.first_expert;
   return e >= 0 && e < p.E ? static_cast<int>(e) : -1;
 }
 
@@ -92,7 +92,9 @@ __device__ Range tile_of(const PermuteParams& p, const Plan& plan) {
   return {begin, min(begin + plan.tile, p.T * p.k)};
 }
 
-__global__ void __launch_bounds__(kMostThreads) count_tiles(PermuteParams p, Plan plan, int32_t* counts) {
+__global__ void __launch_bounds__(kMostThreads)
+    count_tiles(bool early, PermuteParams p, Plan plan, int32_t* counts) {
+  start(early);
   extern __shared__ int count[];
   const Range tile = tile_of(p, plan);
   for (int64_t first = 0; first < p.E; first += plan.window) {
@@ -142,21 +144,9 @@ __device__ int place_window(const PermuteParams& p, const Plan& plan, const int3
   return all;
 }
 
-// Which lanes hold the same expert? Ballots over its bits: a CTA's warps queue for __match_any_sync, 1 us for
-// every 32 choices of each of 28 warps (H200).
-__device__ uint32_t equal_lanes(int expert, int bits) {
-  uint32_t equal = kAll;
-  for (int b = 0; b < bits; ++b) {
-    const bool set = expert >> b & 1;
-    const uint32_t with = __ballot_sync(kAll, set);
-    equal &= set ? with : ~with;
-  }
-  return equal;
-}
-
 __device__ void scatter(const PermuteParams& p, int64_t first, int width, Range part, int* counts,
                         const int* starts) {
-  const int lane = threadIdx.x % 32, bits = 32 - __clz(width);
+  const int lane = threadIdx.x % 32;
   for (int64_t from = part.begin + lane; from - lane < part.end; from += 32 * kAhead) {
     const Experts experts(p, from, 32, part.end);
 #pragma unroll
@@ -166,7 +156,7 @@ __device__ void scatter(const PermuteParams& p, int64_t first, int width, Range 
       const int expert = experts.of[ahead];
       const int64_t e = expert - first;
       const bool here = expert >= 0 && e >= 0 && e < width;
-      const uint32_t equals = equal_lanes(here ? static_cast<int>(e) : width, bits);
+      const uint32_t equals = __match_any_sync(kAll, expert);
       const int rank = __popc(equals & ((1u << lane) - 1));
       if (here) {
         const int place = starts[e] + counts[e] + rank;
@@ -183,7 +173,8 @@ __device__ void scatter(const PermuteParams& p, int64_t first, int width, Range 
 }
 
 __global__ void __launch_bounds__(kMostThreads, 1)
-    sort_tile(PermuteParams p, Plan plan, const int32_t* tile_counts) {
+    sort_tile(bool early, PermuteParams p, Plan plan, const int32_t* tile_counts) {
+  start(early);
   extern __shared__ int shared[];
   const int warp = threadIdx.x / 32;
   const Range tile = tile_of(p, plan);
@@ -220,9 +211,9 @@ int64_t permute_workspace(const PermuteParams& p) {
 void permute(const PermuteParams& p, void* workspace, cudaStream_t stream) {
   const Plan plan = plan_of(p);
   int32_t* counts = static_cast<int32_t*>(workspace);
-  if (plan.tiles > 1) count_tiles<<<plan.tiles, plan.threads, plan.window * 4, stream>>>(p, plan, counts);
-  sort_tile<<<plan.tiles, plan.threads, (plan.warps + 1) * plan.window * 4, stream>>>(p, plan, counts);
-  CUDA_CHECK(cudaGetLastError());
+  const dim3 threads(plan.threads);
+  if (plan.tiles > 1) launch(count_tiles, {plan.tiles, threads, plan.window * 4}, stream, p, plan, counts);
+  launch(sort_tile, {plan.tiles, threads, (plan.warps + 1) * plan.window * 4}, stream, p, plan, counts);
 }
 
 }  // namespace nvfp4::cuda

@@ -169,15 +169,15 @@ void tensor_scale(const TensorScaleParams& p, cudaStream_t stream) {
   const int64_t ctas = std::clamp<int64_t>(ceil_div(p.count, kThreads * kBlock * 2), 1, 8 * sm_count());
   if (ctas > 1) CUDA_CHECK(cudaMemsetAsync(p.scale, 0, sizeof(float), stream));
   with_dtype(p.dtype, p.x, [&]<class T>(const T* x) {
-    launch(amax_kernel<T>, ctas, kThreads, stream, x, p.count, aligned16(x), p.scale);
+    launch(amax_kernel<T>, {ctas, kThreads}, stream, x, p.count, aligned16(x), p.scale);
   });
-  if (ctas > 1) launch(finish_kernel, 1, 1, stream, p.scale);
+  if (ctas > 1) launch(finish_kernel, {1, 1}, stream, p.scale);
 }
 
 void quantize(const QuantizeParams& p, cudaStream_t stream) {
   const int64_t ctas = ceil_div(p.R * (p.K / kBlock), kThreads * kUnroll);
   with_dtype(p.dtype, p.x, [&]<class T>(const T* x) {
-    launch(quantize_kernel<T>, ctas, kThreads, stream, p, aligned16(x));
+    launch(quantize_kernel<T>, {ctas, kThreads}, stream, p, aligned16(x));
   });
 }
 
@@ -192,7 +192,7 @@ void dequantize(const DequantizeParams& p, cudaStream_t stream) {
   const bool aligned = reinterpret_cast<uintptr_t>(p.packed) % 4 == 0;
   with_dtype(p.dtype, p.out, [&]<class T>(const T*) {
     const int64_t ctas = ceil_div(p.R * p.K, 16 / sizeof(T) * kThreads * kParallel);
-    launch(dequantize_kernel<T>, ctas, kThreads, stream, p, aligned);
+    launch(dequantize_kernel<T>, {ctas, kThreads}, stream, p, aligned);
   });
 }
 

@@ -103,11 +103,11 @@ bool in_words(const uint8_t* linear, const SfLayout& l) {
 }  // namespace
 
 void remap_sf(const RemapParams& p, cudaStream_t stream) {
-  launch(remap_kernel, ctas_for(p), kThreads, stream, p, in_words(p.src, p.layout));
+  launch(remap_kernel, {ctas_for(p), kThreads}, stream, p, in_words(p.src, p.layout));
 }
 
 void unmap_sf(const RemapParams& p, cudaStream_t stream) {
-  launch(unmap_kernel, ctas_for(p), kThreads, stream, p, in_words(p.dst, p.layout));
+  launch(unmap_kernel, {ctas_for(p), kThreads}, stream, p, in_words(p.dst, p.layout));
 }
 
 }  // namespace nvfp4::cuda

@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "device.h"
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace nvfp4::cuda {
 
@@ -21,39 +21,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __device__ inline int64_t divide(int64_t a, int64_t b) {
   if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;
-}
-
-// ---- launches -------------------------------------------------------------------------------------
-
-// Programmatic dependent launch: CTAs come up while the kernel before still runs, and wait in start() until
-// its results are visible. A launch of at most one CTA an SM gains 0.5 of its 1.8 us so; with many short CTAs
-// the wait itself costs more (25 % of relu2 at 65536 x 2048), so larger launches go without. Measured on an
-// H200.
-template <class... Params>
-void launch(void (*kernel)(bool early, Params...), int64_t ctas, dim3 threads, cudaStream_t stream,
-            std::type_identity_t<Params>... params) {
-  if (ctas == 0) return;
-  const bool early = ctas <= sm_count() && capability() >= 90;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(ctas));
-  config.blockDim = threads;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, early, params...));
-}
-
-// What a launched kernel does before it touches memory. Inputs are read by plain loads: the read-only path
-// (__ldg) may serve what was there before the wait.
-__device__ inline void start([[maybe_unused]] bool early) {
-#if __CUDA_ARCH__ >= 900
-  if (!early) return;
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
-#endif
 }
 
 // Within one unit in the last place.
@@ -355,9 +322,10 @@ void quantize_all_rows(const Source& source, const QuantizedRows& out, cudaStrea
   const int warps = std::clamp<int>(ceil_div(out.S, 32 * held), 1, 16);
   const dim3 threads(32 * warps, std::max(1, 4 / warps));
   const int64_t ctas = ceil_div(out.R, threads.y);
-  if (held == 1) launch(quantize_rows_kernel<1, Source>, ctas, threads, stream, source, out);
-  if (held == 2) launch(quantize_rows_kernel<2, Source>, ctas, threads, stream, source, out);
-  if (held == kMostHeld) launch(quantize_rows_kernel<kMostHeld, Source>, ctas, threads, stream, source, out);
+  if (held == 1) launch(quantize_rows_kernel<1, Source>, {ctas, threads}, stream, source, out);
+  if (held == 2) launch(quantize_rows_kernel<2, Source>, {ctas, threads}, stream, source, out);
+  if (held == kMostHeld)
+    launch(quantize_rows_kernel<kMostHeld, Source>, {ctas, threads}, stream, source, out);
 }
 
 }  // namespace nvfp4::cuda
