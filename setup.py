@@ -1,5 +1,4 @@
-"""One shared library per chip folder, on torch's stable ABI: no Python inside, one .so for every torch >=
-2.11.
+"""One shared library per chip folder, on torch's stable ABI: no Python inside, one for every torch >= 2.11.
 
 NVFP4_CHIPS = sm90,sm100,... | all | none (CPU only, nvcc not used); unset: the chips found on this machine.
 The device is asked through nvidia-smi, never through CUDA, so a build needs no GPU.

@@ -1,5 +1,4 @@
-"""What only a GPU can show: graph capture, streams, no host sync, several devices, sizes beyond small
-ones."""
+"""What only a GPU can show: graph capture, streams, no host sync, several devices, large sizes."""
 
 import gc
 

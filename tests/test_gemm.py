@@ -1,5 +1,4 @@
-"""grouped_gemm and linear: exact decode, float32 sums within the derived bound, one output bit pattern a
-row."""
+"""grouped_gemm and linear: exact decode, float32 sums within the derived bound, a row's bits its own."""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""Layers: any size, own alphas for fused shards, round trips, and close to the float modules they come
-from."""
+"""Layers: any size, own alphas for fused shards, round trips, and close to their float modules."""
 
 import copy
 
