@@ -17,8 +17,9 @@ bench: .venv/built
 	$(PY) bench/gemm.py
 
 wheel: .venv/torch
-	rm -rf dist
+	rm -rf dist build/lib* build/bdist*
 	NVFP4_CHIPS=$${NVFP4_CHIPS:-all} $(PY) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+	@! $(PY) -m zipfile -l dist/*.whl | grep _cute  # it is for one Python only, and the wheel is for all
 
 lint: .venv/lint
 	.venv/bin/ruff check .
