@@ -93,8 +93,15 @@ struct GemmParams {
   int64_t alphas;          // 1; 2 (gate, up); N (linear's fused shards)
   const float* bias;       // [E, N] or null
   const int32_t* offsets;  // [E + 1]; null: E = 1 and all R rows belong to it
-  bf16* out;               // [R, N]: bf16((acc * alpha) * a_scale + bias)
+  bf16* out;               // [R, N]: bf16((acc * alpha) * a_scale + bias); rows of no expert are zero
   int64_t R, N, K, E;
+
+  // What a chip's kernel may fuse (Chip::takes says whether it does); every other kernel is given none of it.
+  bool activated;  // out is [R, N/2]: the activation of gate (the first N/2 columns) and up
+  Act act;
+  float act_alpha, limit;
+  bool a_in_k_order, out_in_k_order;  // columns in the chip's own order, from one product to the next
+  bool leave_tail;                    // rows of no expert may hold anything
 };
 
 struct RouteParams {

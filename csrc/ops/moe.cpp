@@ -136,6 +136,25 @@ Tensor combine(const Tensor& y, const Tensor& slots, const Tensor& weights) {
   return sum;
 }
 
+using Quantized = std::tuple<Tensor, Tensor, Tensor>;
+
+static void give_codes(GemmParams& p, const Quantized& quantized) {
+  p.a_packed = in<uint8_t>(std::get<0>(quantized));
+  p.a_sf = in<uint8_t>(std::get<1>(quantized));
+  p.a_scale = in<float>(std::get<2>(quantized));
+  p.a_scale_per_row = true;
+}
+
+// Lets the chip fuse the activation into the layer's first product, where it can.
+static void fuse_activation(const Tensor& home, GemmParams& p, Act act, double act_alpha, double limit) {
+  GemmParams fused = p;
+  fused.activated = true;
+  fused.act = act;
+  fused.act_alpha = static_cast<float>(act_alpha);
+  fused.limit = static_cast<float>(limit);
+  if (chip_for(home, fused)) p = fused;
+}
+
 Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w13, const Tensor& w13_sf,
            const Tensor& w13_alpha, const Tensor& w2, const Tensor& w2_sf, const Tensor& w2_alpha,
            int64_t first_expert, std::string compute, std::string act, double act_alpha, double limit,
@@ -157,7 +176,6 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   const Tensor tokens = aligned(x);
 
   const auto [rows, offsets, slots] = permute(ids, E, first_expert);
-  Tensor gate_up = empty(x, {R, gate_up_width}, kBf16), y = empty(x, {R, H}, kBf16);
   GemmParams first = weight_params(w13, w13_sf, w13_alpha, w13_bias);
   GemmParams second = weight_params(w2, w2_sf, w2_alpha, w2_bias);
   first.rows = in<int32_t>(rows);
@@ -165,29 +183,27 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   second.a_rows = R;
   first.offsets = second.offsets = in<int32_t>(offsets);
   first.R = second.R = R;
-  first.out = out<bf16>(gate_up);
-  second.out = out<bf16>(y);
-  if (quantized) {  // a token is quantized once and gathered as codes: the same bits as quantizing gathered
-                    // rows
-    const auto [packed, sf, scale] = quantize_rows(tokens, std::nullopt);
-    first.a_packed = in<uint8_t>(packed);
-    first.a_sf = in<uint8_t>(sf);
-    first.a_scale = in<float>(scale);
-    first.a_scale_per_row = true;
-    launch_gemm(x, first);
-    const auto [hidden, hidden_sf, hidden_scale] = swiglu_quantize(gate_up, act, act_alpha, limit);
-    second.a_packed = in<uint8_t>(hidden);
-    second.a_sf = in<uint8_t>(hidden_sf);
-    second.a_scale = in<float>(hidden_scale);
-    second.a_scale_per_row = true;
-    launch_gemm(x, second);
-  } else {
+  first.leave_tail = second.leave_tail = true;  // combine reads rows of experts only
+  std::optional<Quantized> codes;
+  if (quantized)  // a token is quantized once and gathered as codes: the same bits as quantizing gathered
+                  // rows
+    give_codes(first, codes.emplace(quantize_rows(tokens, std::nullopt)));
+  else
     first.a = in<bf16>(tokens);
-    launch_gemm(x, first);
-    const Tensor hidden = swiglu(gate_up, act, act_alpha, limit);
-    second.a = in<bf16>(hidden);
-    launch_gemm(x, second);
-  }
+
+  fuse_activation(x, first, kind, act_alpha, limit);
+  first.out_in_k_order = second.a_in_k_order = first.activated && !quantized && chip_for(x, second);
+  Tensor hidden = empty(x, {R, first.activated ? I : gate_up_width}, kBf16);
+  first.out = out<bf16>(hidden);
+  launch_gemm(x, first);
+  if (quantized)
+    give_codes(second, codes.emplace(first.activated ? quantize_rows(hidden, std::nullopt)
+                                                     : swiglu_quantize(hidden, act, act_alpha, limit)));
+  else
+    second.a = in<bf16>(first.activated ? hidden : hidden = swiglu(hidden, act, act_alpha, limit));
+  Tensor y = empty(x, {R, H}, kBf16);
+  second.out = out<bf16>(y);
+  launch_gemm(x, second);
   return combine(y, slots, weights);
 }
 
