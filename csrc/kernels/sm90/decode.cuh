@@ -9,19 +9,20 @@ namespace nvfp4::sm90 {
 constexpr float kDecodedUnit = 128.0f;  // accumulators are sums of v * s * 2^-7
 constexpr uint32_t kNaNScale = 0x7f;
 
-__device__ inline uint32_t multiply(uint32_t a, uint32_t b) {
+__device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
   uint32_t product;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
   return product;
 }
-__device__ inline uint32_t multiply_low(uint32_t a, uint32_t scales) {  // by the scale in the low half
+__device__ __forceinline__ uint32_t multiply_low(uint32_t a,
+                                                 uint32_t scales) {  // by the scale in the low half
   uint32_t product;
   asm("{.reg .b16 l, h; .reg .b32 s; mov.b32 {l, h}, %2; mov.b32 s, {l, l}; mul.rn.bf16x2 %0, %1, s;}"
       : "=r"(product)
       : "r"(a), "r"(scales));
   return product;
 }
-__device__ inline uint32_t multiply_high(uint32_t a, uint32_t scales) {
+__device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t scales) {
   uint32_t product;
   asm("{.reg .b16 l, h; .reg .b32 s; mov.b32 {l, h}, %2; mov.b32 s, {h, h}; mul.rn.bf16x2 %0, %1, s;}"
       : "=r"(product)
@@ -30,7 +31,7 @@ __device__ inline uint32_t multiply_high(uint32_t a, uint32_t scales) {
 }
 
 // Four bytes of {a, b} by PRMT's selector; __byte_perm would drop the bit that asks for a byte's sign.
-__device__ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t bytes;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
   return bytes;
@@ -38,14 +39,14 @@ __device__ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select
 
 // E4M3 bytes in bits 6..0 of either half -> BF16 pair s * 2^119. Shifted by four, a byte is s * 2^-120 in
 // BF16, subnormals included; 2^239 takes two steps.
-__device__ inline uint32_t decode_scales(uint32_t bytes) {
+__device__ __forceinline__ uint32_t decode_scales(uint32_t bytes) {
   return multiply(multiply(bytes * 16, 0x7f007f00u), 0x77807780u);  // 2^127, 2^112
 }
 
 // Pair i of a word of eight codes: codes i and i + 4, unscaled. The product copies a nibble to both places,
 // six bits apart: a multiplication instead of two shifts, for the integer pipe is what bounds the decode.
 template <int i>
-__device__ inline uint32_t pair_of(uint32_t word, uint32_t word_by_8) {
+__device__ __forceinline__ uint32_t pair_of(uint32_t word, uint32_t word_by_8) {
   const uint32_t w = i < 2 ? word : word_by_8;
   const uint32_t nibbles = i % 2 == 0 ? (w & 0x000f000fu) * 0x1040u : (w & 0x00f000f0u) * 0x0104u;
   return nibbles & 0x81c081c0u;
@@ -53,7 +54,7 @@ __device__ inline uint32_t pair_of(uint32_t word, uint32_t word_by_8) {
 
 // Sixteen codes of two rows (words lo[2], hi[2]) -> the A operands of four m64n*k16: step j takes pairs
 // 2(j%2) and 2(j%2)+1 of word j/2.
-__device__ inline void decode(const uint2& lo, const uint2& hi, uint32_t scales, uint32_t (&a)[16]) {
+__device__ __forceinline__ void decode(const uint2& lo, const uint2& hi, uint32_t scales, uint32_t (&a)[16]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const uint32_t l = h ? lo.y : lo.x, u = h ? hi.y : hi.x, l8 = l >> 8, u8 = u >> 8;

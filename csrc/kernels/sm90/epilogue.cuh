@@ -9,13 +9,13 @@ struct Factors {  // of one weight row
   float alpha, bias;
 };
 
-__device__ inline Factors factors_of(const GemmParams& p, int expert, int n) {
+__device__ __forceinline__ Factors factors_of(const GemmParams& p, int expert, int n) {
   if (n >= p.N) return {0.0f, 0.0f};
   const int column = p.alphas == 1 ? 0 : p.alphas == 2 ? 2 * n >= p.N : n;
   return {p.alpha[expert * p.alphas + column], p.bias ? p.bias[expert * p.N + n] : 0.0f};
 }
 
-__device__ inline float finish(float sum, Factors f, float a_scale, const GemmParams& p) {
+__device__ __forceinline__ float finish(float sum, Factors f, float a_scale, const GemmParams& p) {
   float y = sum * kDecodedUnit * f.alpha;
   if (p.a_scale) y = y * a_scale;
   return p.bias ? y + f.bias : y;
@@ -32,7 +32,7 @@ __device__ uint4 activated(const uint4& gate, const uint4& up, const GemmParams&
   return *reinterpret_cast<const uint4*>(out);
 }
 
-__device__ inline uint4 activated(const uint4& gate, const uint4& up, const GemmParams& p) {
+__device__ __forceinline__ uint4 activated(const uint4& gate, const uint4& up, const GemmParams& p) {
   if (p.act == Act::silu) return activated<Act::silu>(gate, up, p);
   if (p.act == Act::swiglu_limit) return activated<Act::swiglu_limit>(gate, up, p);
   return activated<Act::swiglu_oai>(gate, up, p);
@@ -60,19 +60,19 @@ struct Epilogue {
 
   // Where in its 64 bytes a warp's row of the half tile goes: the next product's order of K (decode.cuh), or
   // the natural one.
-  __device__ int position(int g) const {
+  __device__ __forceinline__ int position(int g) const {
     const int place = g % 4 * 2 + g / 4;
     return p.out_in_k_order ? place % 4 * 8 + warp * 2 + place / 4 : warp * 8 + place;
   }
   // Column of piece i (8 values) of unit u, in either half.
-  __device__ int64_t column(int u, int half, int i) const {
+  __device__ __forceinline__ int64_t column(int u, int half, int i) const {
     const int unit = group * kUnits + u;
     const int first = kernel.problem.gated ? item.row_tile * T::kHalf : kernel.half_row(item, half);
     return first + unit / 2 * 64 + (p.out_in_k_order ? unit % 2 * 32 + i * 8 : i * 16 + unit % 2 * 8);
   }
 
-  template <class Accumulators>
-  __device__ void run(const Accumulators& acc, const uint32_t (&worst)[kUnits]) const {
+  template <int N, class Accumulators>
+  __device__ __forceinline__ void run(const Accumulators& acc, const uint32_t (&worst)[kUnits]) const {
     const int g = lane / 4;
     bool poisoned[2][kUnits];
 #pragma unroll
@@ -84,11 +84,11 @@ struct Epilogue {
     }
     auto& staged = kernel.shared.out[group];
 #pragma unroll
-    for (int first = 0; first < T::kTokens; first += T::kSlice) {
+    for (int first = 0; first < N; first += T::kSlice) {
       if (first >= item.count) break;
       sync_threads(1 + group, 128);  // the slice before is read
 #pragma unroll
-      for (int t = 0; t < T::kSlice; t += 8)
+      for (int t = 0; t < T::kSlice && first + t < N; t += 8)
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           const int token = t + lane % 4 * 2 + b;
@@ -113,7 +113,7 @@ struct Epilogue {
   }
 
   template <int halves, class Staged>  // 2: as they are; 1: the activation of low (gate) and high (up)
-  __device__ void store(const Staged& staged, int first) const {
+  __device__ __forceinline__ void store(const Staged& staged, int first) const {
     constexpr int kPieces = 4 * kUnits * halves;
     const int64_t width = halves == 1 ? p.N / 2 : p.N;
     const int tokens = min(T::kSlice, item.count - first);
@@ -131,19 +131,25 @@ struct Epilogue {
 };
 
 template <class T>
-__device__ void Kernel<T>::consume() const {
+template <int N>
+__device__ __forceinline__ void Kernel<T>::compute(Pipe& pipe, const Item& it) const {
+  if constexpr (N < T::kTokens)
+    if (it.count > N) return compute<N + T::kStep>(pipe, it);
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  Accumulator<N> acc[T::kUnits];
+  uint32_t worst[T::kUnits] = {};
+#pragma unroll
+  for (int u = 0; u < T::kUnits; ++u) cute::clear(acc[u]);
+  const Epilogue<T> epilogue(*this, it, group, warp, lane);
+  multiply_tile<N>(pipe, places(it, group, warp, lane), acc, worst);
+  epilogue.template run<N>(acc, worst);
+}
+
+template <class T>
+__device__ void Kernel<T>::consume() const {
   Pipe pipe;
   Item it;
-  for (int index = blockIdx.x; item(index, it); index += gridDim.x) {
-    Accumulator acc[T::kUnits];
-    uint32_t worst[T::kUnits] = {};
-#pragma unroll
-    for (int u = 0; u < T::kUnits; ++u) cute::clear(acc[u]);
-    const Epilogue<T> epilogue(*this, it, group, warp, lane);
-    multiply_tile(pipe, places(it, group, warp, lane), acc, worst);
-    epilogue.run(acc, worst);
-  }
+  for (int index = blockIdx.x; item(index, it); index += gridDim.x) compute<T::kLeast>(pipe, it);
 }
 
 // Rows of no expert come back zero.

@@ -1,4 +1,6 @@
 // Grouped products on Hopper: which tile runs, its tensor maps, and the chip's entry in the core.
+#include <algorithm>
+
 #include "../chip.h"
 #include "gemm_problem.h"
 #include "launch.h"
@@ -9,28 +11,30 @@ namespace {
 
 struct Choice {
   const char* name;
-  int64_t rows_an_expert;  // up to which this one runs
+  int64_t rows_an_expert, tiles;  // up to which this one runs
   int rows, tokens, ctas;
   TileLauncher* launch;
 };
 
 template <class T>
-constexpr Choice choice(const char* name, int64_t rows_an_expert, TileLauncher* launch) {
-  return {name, rows_an_expert, T::kRows, T::kTokens, T::kCtas, launch};
+constexpr Choice choice(const char* name, int64_t rows_an_expert, int64_t tiles, TileLauncher* launch) {
+  return {name, rows_an_expert, tiles, T::kRows, T::kTokens, T::kCtas, launch};
 }
 
+constexpr int64_t kAny = INT64_MAX;
 constexpr Choice kTable[] = {
-    choice<Tile8>("128x8", 3, launch_8),
-    choice<Tile16>("128x16", 8, launch_16),
-    choice<Tile32>("256x32", 20, launch_32),
-    choice<Tile64>("256x64", 48, launch_64),
-    choice<Tile128>("256x128", INT64_MAX, launch_128),
+    choice<Tile8s>("128x8", 3, 1056, launch_8s),  // few experts: half the rows, twice the CTAs
+    choice<Tile8>("256x8", 3, kAny, launch_8),          choice<Tile16>("256x16", 9, kAny, launch_16),
+    choice<Tile24>("256x24", 17, kAny, launch_24),      choice<Tile32>("256x32", 24, kAny, launch_32),
+    choice<Tile48>("256x48", 36, kAny, launch_48),      choice<Tile64>("256x64", 52, kAny, launch_64),
+    choice<Tile128>("256x128", kAny, kAny, launch_128),
 };
 
-const Choice& choose(int64_t R, int64_t E) {
-  const int64_t rows = (R + E - 1) / (E ? E : 1);
+// By shapes alone: what is routed where is known on the device only.
+const Choice& choose(int64_t R, int64_t N, int64_t E) {
+  const int64_t hit = std::max<int64_t>(std::min(R, E), 1), rows = (R + E - 1) / std::max<int64_t>(E, 1);
   for (const Choice& c : kTable)
-    if (rows <= c.rows_an_expert) return c;
+    if (rows <= c.rows_an_expert && hit * ((N + c.rows - 1) / c.rows) <= c.tiles) return c;
   return kTable[0];
 }
 
@@ -67,8 +71,8 @@ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 bool takes(const GemmParams& p) {
   const bool sizes = p.K > 0 && p.K % 32 == 0 && p.N % 8 == 0 && p.E > 0 && p.E <= kMostExperts;
   const bool index = p.R < INT32_MAX / 2 && p.a_rows < INT32_MAX / 2 && p.E * p.N < INT32_MAX / 2;
-  return sizes && index && aligned16(p.b) && aligned16(p.b_sf) && aligned16(p.out) &&
-         (!p.activated || (p.act != Act::relu2 && p.N % 128 == 0));
+  return sizes && index && aligned16(p.b) && aligned16(p.b_sf) && aligned16(p.out) && aligned16(p.a) &&
+         aligned16(p.a_packed) && (!p.activated || (p.act != Act::relu2 && p.N % 128 == 0));
 }
 
 int64_t workspace(const GemmParams& p) {
@@ -82,7 +86,7 @@ void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
     order_tokens(p, static_cast<bf16*>(scratch), stream);
     tokens = static_cast<const bf16*>(scratch);
   }
-  const Choice& tile = choose(p.R, p.E);
+  const Choice& tile = choose(p.R, p.N, p.E);
   const int tile_rows = p.activated ? tile.rows / 2 : tile.rows;
   const int64_t rows = p.activated ? p.N / 2 : p.N;
   const int steps = static_cast<int>(ordered_width(p.K) / 64);
@@ -93,7 +97,7 @@ void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
 }
 
 std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, bool packed_a) {
-  const Choice& tile = choose(R, E);
+  const Choice& tile = choose(R, N, E);
   const int64_t tiles = (N + tile.rows - 1) / tile.rows * (E ? E : 1);
   return "sm90 " + std::string(tile.name) + " (weight rows x tokens), K " + std::to_string(K) +
          " in steps of 64, " + std::to_string(tiles) + " or more tiles on " +

@@ -34,13 +34,13 @@ struct Kernel {
 
   // ---- work ----------------------------------------------------------------------------------------
 
-  __device__ int rows_before(int e) const {  // offsets may lie
+  __device__ __forceinline__ int rows_before(int e) const {  // offsets may lie
     const int begin = p.offsets ? p.offsets[e] : e ? static_cast<int>(p.R) : 0;
     return min(max(begin, 0), static_cast<int>(p.R));
   }
 
   // Token tiles and rows before each expert's own, by all threads.
-  __device__ void plan() const {
+  __device__ __forceinline__ void plan() const {
     const int E = static_cast<int>(p.E);
     for (int e = threadIdx.x; e <= E; e += T::kThreads) {
       const int begin = rows_before(e), rows = e ? max(begin - rows_before(e - 1), 0) : 0;
@@ -61,7 +61,7 @@ struct Kernel {
     }
   }
 
-  __device__ bool item(int index, Item& item) const {
+  __device__ __forceinline__ bool item(int index, Item& item) const {
     const int E = static_cast<int>(p.E);
     if (index >= shared.first[E].x * problem.row_tiles) return false;
     int low = 0, high = E;  // the last expert that begins at or before this item
@@ -71,26 +71,27 @@ struct Kernel {
     }
     const int2 first = shared.first[low], next = shared.first[low + 1];
     const int local = index - first.x * problem.row_tiles, tiles = next.x - first.x;
-    const int begin = first.y + local % tiles * T::kTokens;
-    item = {low, local / tiles, begin, min(T::kTokens, max(next.y - begin, 0))};
+    const int rows = next.y - first.y, each = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+    const int begin = local % tiles * each;
+    item = {low, local / tiles, first.y + begin, min(each, rows - begin)};
     return true;
   }
 
   // First weight row, within the expert, of the tile's low (0) or high (1) half.
-  __device__ int half_row(const Item& item, int half) const {
+  __device__ __forceinline__ int half_row(const Item& item, int half) const {
     if (problem.gated) return item.row_tile * T::kHalf + half * static_cast<int>(p.N / 2);
     return item.row_tile * T::kRows + half * T::kHalf;
   }
 
   // The row of `a` that row r of the product reads.
-  __device__ int source_row(int r) const {
+  __device__ __forceinline__ int source_row(int r) const {
     if (!p.rows) return r;
     return min(max(p.rows[r], 0), static_cast<int>(p.a_rows) - 1);
   }
 
   // ---- producers -----------------------------------------------------------------------------------
 
-  __device__ void load_weights(const CUtensorMap* map) const {
+  __device__ __forceinline__ void load_weights(const CUtensorMap* map) const {
     const int64_t columns = problem.sf_columns;
     const int64_t expert_sf = (p.N + 127) / 128 * columns * kSfColumnBytes;
     int stage = 0;
@@ -125,7 +126,7 @@ struct Kernel {
   }
 
   // Rows past the tile's own come along: their columns of the product are not stored.
-  __device__ void load_tokens(const CUtensorMap* map) const {
+  __device__ __forceinline__ void load_tokens(const CUtensorMap* map) const {
     int stage = 0;
     uint32_t parity = 1;
     Item it;
@@ -147,15 +148,27 @@ struct Kernel {
   // Thread (g = lane / 4, c = lane % 4) of warp w holds rows g and g + 8 of the warp's 16: the low and the
   // high row of one place in the half tile. Eight places of a warp keep shared memory free of conflicts: even
   // rows for g < 4, odd ones for the rest.
-  __device__ static int place(int unit, int warp, int g) {
+  __device__ __forceinline__ static int place(int unit, int warp, int g) {
     return unit / 2 * 64 + warp * 16 + unit % 2 * 8 + (g % 4 * 2 + g / 4);
   }
 
+  template <int N>
   using Mma = decltype(cute::make_tiled_mma(
       decltype(cute::GMMA::rs_op_selector<bf, bf, float,
-                                          cute::Shape<cute::_64, cute::Int<T::kTokens>, cute::_64>>()){}));
-  using Accumulator =
-      decltype(cute::partition_fragment_C(Mma{}, cute::Shape<cute::_64, cute::Int<T::kTokens>>{}));
+                                          cute::Shape<cute::_64, cute::Int<N>, cute::_64>>()){}));
+  template <int N>
+  using Accumulator = decltype(cute::partition_fragment_C(Mma<N>{}, cute::Shape<cute::_64, cute::Int<N>>{}));
+
+  // The operand of N tokens: K 64 by stage of a slab that has room for kTokens.
+  template <int N>
+  __device__ __forceinline__ auto token_slabs() const {
+    using namespace cute;
+    const auto slab = make_tensor(make_smem_ptr(reinterpret_cast<bf*>(shared.tokens[0])),
+                                  tile_to_shape(GMMA::Layout_K_SW128_Atom<bf>{}, Shape<Int<N>, _64>{}));
+    const auto one = Mma<N>{}.get_slice(0).partition_fragment_B(slab);
+    return make_tensor(one.data(), append<4>(one.layout(), make_layout(Int<T::kTokenStages * T::kSlabs>{},
+                                                                       Int<T::kSlabBytes / 16>{})));
+  }
 
   struct Pipe {
     int weights = 0, tokens = 0, held = -1;  // stages; held: tokens that products under way still read
@@ -170,9 +183,9 @@ struct Kernel {
   };
 
   // A value the compiler cannot work out again: it would, in the inner loop, to save registers.
-  __device__ static void keep(uint32_t& x) { asm volatile("" : "+r"(x)); }
+  __device__ __forceinline__ static void keep(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
-  __device__ Places places(const Item& it, int group, int warp, int lane) const {
+  __device__ __forceinline__ Places places(const Item& it, int group, int warp, int lane) const {
     const int g = lane / 4, c = lane % 4, first = place(group * T::kUnits, warp, g);
     Places at;
     at.codes = first * kCodeBytes + ((c / 2 ^ first % 8) << 4) + c % 2 * 8;
@@ -196,41 +209,32 @@ struct Kernel {
     uint32_t low_scales, high_scales;
   };
 
-  __device__ static Raw load(const Places& at, uint32_t codes, uint32_t scales, int s, int u) {
+  __device__ __forceinline__ static Raw load(const Places& at, uint32_t codes, uint32_t scales, int s,
+                                             int u) {
     const uint32_t row = (codes ^ 32 * s) + u * 8 * kCodeBytes;
     return {load_words(row), load_words(row + T::kHalf * kCodeBytes),
             load_word(scales + at.scales[0][u] + s * kSfColumnBytes),
             load_word(scales + at.scales[1][u] + s * kSfColumnBytes)};
   }
 
-  // Nothing decoded from `raw` moves up past here, where the operands' last readers are done.
-  __device__ static void settle(Raw& raw) {
-    asm volatile(""
-                 : "+r"(raw.low.x), "+r"(raw.low.y), "+r"(raw.high.x), "+r"(raw.high.y), "+r"(raw.low_scales),
-                   "+r"(raw.high_scales));
-  }
-
   using Operands = decltype(cute::make_tensor<bf>(
       cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<4 * T::kGroup>>{}));
 
-  __device__ void release_tokens(Pipe& pipe, bool arrives) const {
+  __device__ __forceinline__ void release_tokens(Pipe& pipe, bool arrives) const {
     if (pipe.held < 0) return;
     if (arrives) barrier_arrive(&shared.tokens_free[pipe.held]);
     pipe.held = -1;
   }
 
-  // A warpgroup decodes kGroup steps of K, then gives its tensor core all their products at once. Two buffers
-  // overlap the two within a warpgroup; with one, other warpgroups decode meanwhile.
-  template <class Accumulators>
-  __device__ void multiply_tile(Pipe& pipe, const Places& at, Accumulators& acc,
-                                uint32_t (&worst)[T::kUnits]) const {
+  // A warpgroup decodes kGroup steps of K, then gives its tensor core all their products at once, and decodes
+  // into the other buffer meanwhile.
+  template <int N>
+  __device__ __forceinline__ void multiply_tile(Pipe& pipe, const Places& at,
+                                                Accumulator<N> (&acc)[T::kUnits],
+                                                uint32_t (&worst)[T::kUnits]) const {
     using namespace cute;
-    const Mma tiled;
-    const auto slabs =
-        make_tensor(make_smem_ptr(reinterpret_cast<bf*>(shared.tokens[0])),
-                    tile_to_shape(GMMA::Layout_K_SW128_Atom<bf>{},
-                                  Shape<Int<T::kTokens>, _64, Int<T::kTokenStages * T::kSlabs>>{}));
-    const auto b = tiled.get_slice(0).partition_fragment_B(slabs);
+    const Mma<N> tiled;
+    const auto b = token_slabs<N>();
     Operands operands[T::kBuffers];
     const bool arrives = threadIdx.x % 32 == 0;
     constexpr int kUnits = T::kUnits, kGroup = T::kGroup, kRound = T::kRound;
@@ -248,11 +252,6 @@ struct Kernel {
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
           auto& a = operands[(s / kGroup * kUnits + u) % T::kBuffers];
-          if (T::kBuffers == 1) {
-            warpgroup_wait<0>();
-            settle(raw);
-            release_tokens(pipe, arrives);
-          }
 #pragma unroll
           for (int q = 0; q < kGroup; ++q) {
             const Raw now = raw;
@@ -273,10 +272,8 @@ struct Kernel {
             raw = load(at, codes, scales, s, u + 1);
           else if (s + kGroup < kStageSteps)
             raw = load(at, codes, scales, s + kGroup, 0);
-          if (T::kBuffers == 2) {
-            warpgroup_wait<1>();
-            release_tokens(pipe, arrives);
-          }
+          warpgroup_wait<1>();
+          release_tokens(pipe, arrives);
         }
         if (s % T::kSlabs == T::kSlabs - kGroup) next_tokens(pipe);
       }
@@ -293,12 +290,14 @@ struct Kernel {
     release_tokens(pipe, arrives);
   }
 
-  __device__ void next_tokens(Pipe& pipe) const {
+  __device__ __forceinline__ void next_tokens(Pipe& pipe) const {
     pipe.held = pipe.tokens;
     if (++pipe.tokens == T::kTokenStages) pipe.tokens = 0, pipe.tokens_parity ^= 1;
   }
 
-  __device__ void consume() const;  // epilogue.cuh
+  template <int N>
+  __device__ __forceinline__ void compute(Pipe& pipe, const Item& item) const;  // epilogue.cuh
+  __device__ __forceinline__ void consume() const;
 };
 
 }  // namespace nvfp4::sm90

@@ -7,30 +7,45 @@
 namespace nvfp4::sm90 {
 namespace {
 
-constexpr int kThreads = 256, kPiece = 8;  // a thread writes 16 bytes
+constexpr int kThreads = 256, kShare = kOrderChunk / 2;  // values of a thread: half the words of a chunk
 
+// Values k .. k + 7 of a row, as BF16 pairs.
+template <bool packed>
+__device__ uint4 eight(const GemmParams& p, int64_t row, int64_t k) {
+  if (k >= p.K) return {};
+  const int64_t at = row * p.K + k;
+  if constexpr (!packed) return *reinterpret_cast<const uint4*>(p.a + at);
+  const uint32_t codes = *reinterpret_cast<const uint32_t*>(p.a_packed + at / 2);
+  const float sf = e4m3_decode(p.a_sf[at / kBlock]);
+  alignas(16) bf16 values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = to_bf16(e2m1_decode(codes >> 4 * i & 15) * sf);
+  return *reinterpret_cast<const uint4*>(values);
+}
+
+// Half h of a chunk of 64: its 16-byte piece i holds, for c = 0..3, the pair (k, k + 4), k = 16 c + 8 h + i.
 template <bool packed>
 __global__ void __launch_bounds__(kThreads) order_kernel(GemmParams p, int64_t width, bf16* out) {
   follow();
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = i / (width / kPiece);
+  const int64_t share = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row = share / (width / kShare);
   if (row >= p.R) return;
   const int64_t from = p.rows ? min(max(static_cast<int64_t>(p.rows[row]), int64_t{0}), p.a_rows - 1) : row;
-  const int64_t position = i % (width / kPiece) * kPiece, chunk = position / kOrderChunk * kOrderChunk;
-  alignas(16) bf16 values[kPiece];
+  const int64_t begin = share % (width / kShare) * kShare, first = begin / kOrderChunk * kOrderChunk;
+  const int h = begin % kOrderChunk != 0;
+  uint4 in[4], piece[4];
 #pragma unroll
-  for (int j = 0; j < kPiece; ++j) {
-    const int64_t k = chunk + k_at(static_cast<int>(position % kOrderChunk) + j);
-    if (k >= p.K) {
-      values[j] = {};
-    } else if constexpr (packed) {
-      const uint32_t code = p.a_packed[(from * p.K + k) / 2] >> k % 2 * 4 & 15;
-      values[j] = to_bf16(e2m1_decode(code) * e4m3_decode(p.a_sf[(from * p.K + k) / kBlock]));
-    } else {
-      values[j] = p.a[from * p.K + k];
-    }
+  for (int c = 0; c < 4; ++c) in[c] = eight<packed>(p, from, first + 16 * c + 8 * h);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    uint32_t* const words[] = {&piece[0].x + c, &piece[1].x + c, &piece[2].x + c, &piece[3].x + c};
+    *words[0] = __byte_perm(in[c].x, in[c].z, 0x5410);
+    *words[1] = __byte_perm(in[c].x, in[c].z, 0x7632);
+    *words[2] = __byte_perm(in[c].y, in[c].w, 0x5410);
+    *words[3] = __byte_perm(in[c].y, in[c].w, 0x7632);
   }
-  *reinterpret_cast<uint4*>(out + row * width + position) = *reinterpret_cast<const uint4*>(values);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) *reinterpret_cast<uint4*>(out + row * width + begin + 8 * i) = piece[i];
 }
 
 }  // namespace
@@ -38,8 +53,8 @@ __global__ void __launch_bounds__(kThreads) order_kernel(GemmParams p, int64_t w
 int64_t ordered_width(int64_t K) { return (K + kOrderChunk - 1) / kOrderChunk * kOrderChunk; }
 
 void order_tokens(const GemmParams& p, bf16* out, cudaStream_t stream) {
-  const int64_t width = ordered_width(p.K), pieces = p.R * width / kPiece;
-  const auto ctas = static_cast<unsigned>((pieces + kThreads - 1) / kThreads);
+  const int64_t width = ordered_width(p.K), shares = p.R * width / kShare;
+  const auto ctas = static_cast<unsigned>((shares + kThreads - 1) / kThreads);
   launch_after(p.a_packed ? order_kernel<true> : order_kernel<false>, ctas, kThreads, 0, stream, p, width,
                out);
 }

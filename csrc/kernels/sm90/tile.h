@@ -14,14 +14,16 @@ constexpr int kStripBytes = kStageSteps * kSfColumnBytes;  // a stage's scales o
 // A CTA computes kRows weight rows x kTokens tokens over all of K: kWarpgroups times kUnits tiles of 64 rows.
 // A tile pairs `low` rows, the first half of the CTA's, with `high` ones, the second half (gate with up): a
 // thread of the MMA holds both of a pair.
-template <int kWarpgroups_, int kUnits_, int kTokens_, int kSlabs_, int kGroup_, int kBuffers_,
+template <int kWarpgroups_, int kUnits_, int kLeast_, int kTokens_, int kSlabs_, int kGroup_,
           int kWeightStages_, int kTokenStages_, int kCtas_>
 struct Tile {
   static constexpr int kWarpgroups = kWarpgroups_, kUnits = kUnits_;  // 64-row tiles a warpgroup
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kSlabs = kSlabs_;      // steps of K in a stage of tokens
-  static constexpr int kGroup = kGroup_;      // steps decoded and multiplied at once
-  static constexpr int kBuffers = kBuffers_;  // of decoded operands
+  static constexpr int kTokens =
+      kTokens_;  // at most; the MMA's N is the least of kLeast, + kStep, .. that does
+  static constexpr int kLeast = kLeast_, kStep = 16;
+  static constexpr int kSlabs = kSlabs_;  // steps of K in a stage of tokens
+  static constexpr int kGroup = kGroup_;  // steps decoded and multiplied at once
+  static constexpr int kBuffers = 2;      // of decoded operands
   static constexpr int kWeightStages = kWeightStages_, kTokenStages = kTokenStages_;
   static constexpr int kCtas = kCtas_;  // a multiprocessor
   static constexpr bool kShifts =
@@ -33,7 +35,9 @@ struct Tile {
   static constexpr int kRows = 64 * kWarpgroups * kUnits, kHalf = kRows / 2;
   static constexpr int kStrips = (kHalf + 127) / 128 + kHalf / 128;  // 128-row strips half a tile may touch
   static constexpr int kSlabBytes = kTokens * 128;
-  static constexpr int kSlice = kTokens < 32 ? kTokens : 32;  // tokens the epilogue stages at once
+  static constexpr int kSlice = kTokens % 32 == 0   ? 32
+                                : kTokens % 24 == 0 ? 24
+                                                    : kTokens;  // tokens the epilogue stages at once
 
   struct Shared {
     alignas(1024) uint8_t codes[kWeightStages][kRows * kCodeBytes];
@@ -51,11 +55,14 @@ struct Tile {
   static_assert(kSlabs % kRound == 0, "steps that use every buffer once end with a stage");
 };
 
-//                wgs units tokens slabs group buffers stages of weights, tokens; CTAs
-using Tile8 = Tile<2, 1, 8, 4, 1, 2, 4, 4, 2>;
-using Tile16 = Tile<2, 1, 16, 4, 1, 2, 4, 3, 2>;
-using Tile32 = Tile<4, 1, 32, 4, 1, 2, 3, 4, 1>;
-using Tile64 = Tile<4, 1, 64, 2, 1, 2, 3, 4, 1>;
-using Tile128 = Tile<2, 2, 128, 1, 1, 2, 2, 7, 1>;
+//                 wgs units tokens slabs group stages of weights, tokens; CTAs
+using Tile8s = Tile<2, 1, 8, 8, 4, 1, 4, 4, 2>;
+using Tile8 = Tile<4, 1, 8, 8, 4, 2, 4, 4, 1>;
+using Tile16 = Tile<4, 1, 16, 16, 4, 1, 4, 4, 1>;
+using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4, 1>;
+using Tile32 = Tile<4, 1, 32, 32, 4, 1, 3, 4, 1>;
+using Tile48 = Tile<4, 1, 48, 48, 2, 1, 3, 4, 1>;
+using Tile64 = Tile<4, 1, 64, 64, 2, 1, 3, 4, 1>;
+using Tile128 = Tile<2, 2, 96, 128, 1, 1, 2, 7, 1>;
 
 }  // namespace nvfp4::sm90
