@@ -121,8 +121,8 @@ def _copy(x, y, n, BLOCK: tl.constexpr):
 
 
 def ceilings(clock: Clock) -> dict[str, float]:
-    """copy and read TB/s (a copy of n bytes moves 2 n), cuBLAS BF16 TFLOP/s, a graph's launch in us. Where torch
-    and a plain loop do the same, the faster: a graph's memcpy sometimes runs at 2.7 TB/s instead of 4.2."""
+    """copy and read TB/s (a copy of n bytes moves 2 n), cuBLAS BF16 TFLOP/s, a graph's launch in us. Where
+    torch and a plain loop do the same, the faster: a graph's memcpy ran at 2.7 TB/s instead of 4.2 here."""
 
     def fastest(*runs) -> float:
         return min(clock.time(run)[0].us for run in runs)

@@ -13,6 +13,7 @@ STYLES = {  # in the order of the legend
     "ours bf16": {
         "color": "#c0392b",
         "linewidth": 2.6,
+        "zorder": 9,
         "marker": "o",
         "label": "nvfp4_moe, BF16 activations",
     },
@@ -55,13 +56,8 @@ def main() -> None:
     args = parser.parse_args()
     report = json.loads(args.result.read_text())
     models = list(dict.fromkeys(r["model"] for r in report["rows"]))
-    across = min(2, len(models))
-    figure, grid = pyplot.subplots(
-        -(-len(models) // across),
-        across,
-        figsize=(7 * across, 4.6 * -(-len(models) // across)),
-        squeeze=False,
-    )
+    across, down = min(2, len(models)), -(-len(models) // 2)
+    figure, grid = pyplot.subplots(down, across, figsize=(max(7 * across, 13), 4.6 * down), squeeze=False)
     for axes, model in zip(grid.flat, models, strict=False):
         panel(axes, model, [r for r in report["rows"] if r["model"] == model])
     for axes in list(grid.flat)[len(models) :]:
