@@ -95,7 +95,7 @@ def measure(
 def point(clock: cold.Clock, layer: Layer, runs: dict[str, Run | str], T: int, args, known: dict) -> dict:
     tokens = make_tokens(layer.model, T)
     least = work(layer.model, tokens)
-    wanted = {c: reference(layer, tokens, c) for c in ("bf16", *args.compute)} if args.check else {}
+    wanted = {c: reference(layer, tokens, c) for c in {"bf16", *args.compute}} if args.check else {}
     times, errors, failed = measure(clock, runs, tokens, wanted)
     row = {
         "model": layer.model.name, "T": T, "hit": least.hit, "weight_bytes": least.weight_bytes,
@@ -142,12 +142,13 @@ def arguments() -> argparse.Namespace:
 
 
 def wrong(rows: list[dict]) -> list[str]:
-    return [
-        f"{r['model']} T={r['T']} {name}: relative error {error:.3g}"
-        for r in rows
-        for name, error in r["errors"].items()
-        if not error < LIMIT
-    ]
+    """Outputs, ours and the peers', that are not what they should be, and points where ours did not run."""
+    found = []
+    for r in rows:
+        at = f"{r['model']} T={r['T']}"
+        found += [f"{at} {n}: relative error {e:.3g}" for n, e in r["errors"].items() if not e < LIMIT]
+        found += [f"{at} {n}: {why}" for n, why in r["failed"].items() if n.startswith("ours")]
+    return found
 
 
 def write(report: dict, path: Path) -> None:
