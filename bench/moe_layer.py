@@ -52,13 +52,13 @@ def make_layer(model: Model) -> Layer:
 
 
 def make_tokens(model: Model, T: int) -> Tokens:
-    """Uniform routing to distinct experts, the same on every machine (the CPU's generator)."""
-    random = torch.Generator().manual_seed(77 + T)
-    x = torch.randn(T, model.hidden, generator=random).bfloat16()
-    scores = torch.rand(T, model.experts, generator=random)
-    weights, ids = scores.topk(model.top_k)
-    weights = torch.softmax(4 * weights, -1)
-    return Tokens(x.cuda(), ids.int().cuda(), weights.cuda())
+    """Uniform routing to distinct experts. Seed and order of the draws are those of the study that the
+    targets come from, so that on an H200 the same experts are hit."""
+    random = torch.Generator("cuda").manual_seed(77 + T)
+    x = torch.randn(T, model.hidden, device="cuda", generator=random)
+    ids = torch.rand(T, model.experts, device="cuda", generator=random).topk(model.top_k).indices
+    weights = torch.rand(T, model.top_k, device="cuda", generator=random)
+    return Tokens(x.bfloat16(), ids.int(), weights / weights.sum(-1, keepdim=True))
 
 
 @dataclass(frozen=True)
