@@ -21,3 +21,6 @@ MODELS = (
 
 GEMM_SHAPES = ((4096, 4096), (2048, 7168))  # N, K
 GEMM_ROWS = (1, 2, 4, 8, 16, 64, 256, 512)
+
+# The layer's tokens: decode, then the steps to prefill
+MOE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
