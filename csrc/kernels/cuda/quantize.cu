@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(bool early, Quantize
     const int64_t b = first + i * kThreads;
     if (b >= blocks) return;
     const float scale = p.scale[p.per_row ? divide(b, S) : 0];
-    p.sf[b] = quantize_block<false>(block[i], largest(block[i]), scale, p.packed + b * 8);
+    p.sf[b] = quantize_block(block[i], largest(block[i]), scale, p.packed + b * 8);
   }
 }
 
@@ -82,7 +82,8 @@ struct GatheredRows {
   struct Row {
     const T* x;
     bool aligned;
-    __device__ Block<T> operator()(int64_t s) const { return load_block(x + s * kBlock, aligned); }
+    __device__ Block<T> load(int64_t s) const { return load_block(x + s * kBlock, aligned); }
+    __device__ Block<T> block(const Block<T>& b) const { return b; }
   };
   __device__ Row row(int64_t r) const {
     if (!rows) return {x + r * K, aligned};
