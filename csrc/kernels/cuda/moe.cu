@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_single_kernel(bool early, Swi
 
 template <Act act>
 struct ActivatedRows {
+  using Raw = Gated<act, kBlock>;
   static constexpr bool kCheap = false;
   SwigluParams p;
   bool aligned;
@@ -122,7 +123,7 @@ struct ActivatedRows {
     __device__ Gated<act, kBlock> load(int64_t s) const {
       return {gate + s * kBlock, rows.p.I, rows.aligned};
     }
-    __device__ Block<bf16> block(const Gated<act, kBlock>& x) const {
+    __device__ Block<bf16> block(const Raw& x) const {
       Block<bf16> b;
       activate_some(x, rows.p, b.word);
       return b;

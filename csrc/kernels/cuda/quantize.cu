@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(bool early, Quantize
 
 template <class T>
 struct GatheredRows {
+  using Raw = Block<T>;
   static constexpr bool kCheap = true;
   const T* x;
   const int32_t* rows;
