@@ -178,6 +178,30 @@ def test_routing_of_many_tokens_has_the_cpus_bits(T, E, k):
         assert_same_bits(ops.permute(ids.cuda(), local, first), ops.permute(ids, local, first))
 
 
+def test_small_kernels_wait_for_the_one_before():
+    """In a graph they are launched early, and find the last replay's ids if they do not wait."""
+    logits = [torch.randn(64, 384, device="cuda") for _ in range(8)]
+
+    def chain():
+        ids = []  # held, so that every link of the chain has memory of its own
+        places = []
+        for x in logits:
+            ids.append(ops.route(x, None, 6)[1])
+            places.append(ops.permute(ids[-1], 384, 0))
+        return ids, places
+
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, got = chain()
+    for _ in range(20):
+        for x in logits:
+            x.copy_(torch.randn(x.shape))
+        graph.replay()
+        for x, out in zip(logits, got, strict=True):
+            assert_same_bits(out, ops.permute(ops.route(x.cpu(), None, 6)[1], 384, 0))
+
+
 @pytest.mark.parametrize("R, K", [(3, 32768), (5000, 7168), (65536, 64), (1, 16)], ids=str)
 def test_wide_and_tall_activations_have_the_cpus_bits(R, K):
     x = lively(R, K, dtype=torch.bfloat16)

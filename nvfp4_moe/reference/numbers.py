@@ -3,7 +3,6 @@
 csrc/kernels/math.h says the same in C++. Plain torch has no float32 fma, so it is built here from float64.
 """
 
-
 import torch
 from torch import Tensor
 
