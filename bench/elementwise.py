@@ -123,8 +123,9 @@ def bandwidth_cases(R: int, K: int):
 
 def mxfp4_cases(R: int, K: int, E: int = 16):
     """E matrices whose exponents span 12: nothing is lost but by `requantize`."""
-    codes = lambda: torch.randint(256, (E, R // E, K // 2), dtype=torch.uint8, device="cuda")  # noqa: E731
-    e8m0 = lambda: torch.randint(110, 122, (E, R // E, K // 32), dtype=torch.uint8, device="cuda")  # noqa: E731
+    u8 = {"dtype": torch.uint8, "device": "cuda"}
+    codes = lambda: torch.randint(256, (E, R // E, K // 2), **u8)  # noqa: E731
+    e8m0 = lambda: torch.randint(110, 122, (E, R // E, K // 32), **u8)  # noqa: E731
     moved = R * K * (17 + 18) // 32
     for method in ("best", "requantize"):
         run = lambda a, m=method: ops.mxfp4_to_nvfp4(*a, m)  # noqa: E731
