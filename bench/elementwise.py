@@ -56,10 +56,9 @@ def copies_for(size: int) -> int:
 
 def copy_microseconds(size: int) -> float:
     half = size // 2  # a copy of n bytes moves 2 n
-    sets = [(torch.empty(half, dtype=torch.uint8, device="cuda"),) * 1 for _ in range(copies_for(half))]
-    targets = [torch.empty_like(s[0]) for s in sets]
+    noise = lambda: torch.randint(256, (half,), dtype=torch.uint8, device="cuda")  # noqa: E731
     return replay_microseconds(
-        lambda a: a[1].copy_(a[0]), [(s[0], t) for s, t in zip(sets, targets, strict=True)]
+        lambda a: a[1].copy_(a[0]), [(noise(), noise()) for _ in range(copies_for(half))]
     )
 
 
@@ -107,16 +106,30 @@ def bandwidth_cases(R: int, K: int):
     hidden = x + (packed + sf) // 2 + 4 * R
     swiglu_rows = lambda x: torch_quantize_rows(torch_swiglu(x))  # noqa: E731
     yield "swiglu_quantize", hidden, lambda a: ops.swiglu_quantize(*a), swiglu_rows, lambda: (bf16(R, K),)
+    clamped = lambda a: ops.swiglu_quantize(*a, "swiglu_limit", 1.0, 7.0)  # noqa: E731
+    yield "  swiglu_limit", hidden, clamped, None, lambda: (bf16(R, K),)
     bytes_ = x + packed + sf + 4 * R
     yield "dequantize", bytes_, lambda a: ops.dequantize(*a, torch.bfloat16), None, quantized
     columns, E = K // BLOCK, 32
     scales = lambda: torch.randint(1, 127, (E, R, columns), dtype=torch.uint8, device="cuda")  # noqa: E731
     remap = lambda: (scales().view(torch.float8_e4m3fn),)  # noqa: E731
     yield "remap_sf", 2 * E * sf, lambda a: ops.remap_sf(*a), None, remap
+    yield from mxfp4_cases(R, K)
     T, k = R // 8, 8
     slots = lambda: torch.randperm(R, device="cuda", dtype=torch.int32).view(T, k)  # noqa: E731
     combine = lambda: (bf16(R, K), slots(), torch.rand(T, k, device="cuda"))  # noqa: E731
     yield "combine", x + x // k + 8 * R, lambda a: ops.combine(*a), torch_combine, combine
+
+
+def mxfp4_cases(R: int, K: int, E: int = 16):
+    """E matrices whose exponents span 12: nothing is lost but by `requantize`."""
+    u8 = {"dtype": torch.uint8, "device": "cuda"}
+    codes = lambda: torch.randint(256, (E, R // E, K // 2), **u8)  # noqa: E731
+    e8m0 = lambda: torch.randint(110, 122, (E, R // E, K // 32), **u8)  # noqa: E731
+    moved = R * K * (17 + 18) // 32
+    for method in ("best", "requantize"):
+        run = lambda a, m=method: ops.mxfp4_to_nvfp4(*a, m)  # noqa: E731
+        yield f"mxfp4 {method}", moved, run, None, lambda: (codes(), e8m0())
 
 
 def measure_bandwidth(R: int, K: int) -> list[dict]:

@@ -1,6 +1,9 @@
 """What only a GPU can show: graph capture, streams, no host sync, several devices, large sizes."""
 
 import gc
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,12 +178,67 @@ def test_routing_of_many_tokens_has_the_cpus_bits(T, E, k):
         assert_same_bits(ops.permute(ids.cuda(), local, first), ops.permute(ids, local, first))
 
 
+def test_small_kernels_wait_for_the_one_before():
+    """In a graph they are launched early, and find the last replay's ids if they do not wait."""
+    logits = [torch.randn(64, 384, device="cuda") for _ in range(8)]
+
+    def chain():
+        ids = []  # held, so that every link of the chain has memory of its own
+        places = []
+        for x in logits:
+            ids.append(ops.route(x, None, 6)[1])
+            places.append(ops.permute(ids[-1], 384, 0))
+        return ids, places
+
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, got = chain()
+    for _ in range(20):
+        for x in logits:
+            x.copy_(torch.randn(x.shape))
+        graph.replay()
+        for x, out in zip(logits, got, strict=True):
+            assert_same_bits(out, ops.permute(ops.route(x.cpu(), None, 6)[1], 384, 0))
+
+
 @pytest.mark.parametrize("R, K", [(3, 32768), (5000, 7168), (65536, 64), (1, 16)], ids=str)
 def test_wide_and_tall_activations_have_the_cpus_bits(R, K):
     x = lively(R, K, dtype=torch.bfloat16)
     assert_same_bits(ops.quantize_rows(x.cuda()), ops.quantize_rows(x))
     if K % 32 == 0:
         assert_same_bits(ops.swiglu_quantize(x.cuda()), ops.swiglu_quantize(x))
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_short_sequences_of_the_gpu_are_exact_for_every_input(tmp_path):
+    """Reciprocal, square root, amax / 6, e4m3: against IEEE's operations and the portable formulas."""
+    major, minor = torch.cuda.get_device_capability()
+    flags = ["-std=c++20", "-O2", "--fmad=false", f"-arch=sm_{major}{minor}"]
+    program = tmp_path / "exact"
+    subprocess.run(["nvcc", *flags, Path(__file__).parent / "cpp/exact.cu", "-o", program], check=True)
+    lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
+    names = ("reciprocal", "sqrt", "sixth", "e4m3_encode", "e4m3_decode")
+    assert lines == [f"{name} 0" for name in names]
+
+
+def test_scores_of_a_million_logits_have_the_cpus_bits():
+    x = torch.cat([torch.linspace(-110, 110, 1 << 20), torch.randn(1 << 20)])[:, None]
+    for score in ("sigmoid", "sqrt_softplus"):
+        args = (None, 1, score, 1, 1, False, 1.0)
+        assert_same_bits(ops.route(x.cuda(), *args), ops.route(x, *args))
+
+
+@pytest.mark.parametrize("act", ops.ACTS)
+def test_activations_of_every_gate_have_the_cpus_bits(act):
+    """All 2^16 of them, beside a neighbour far away, and beside none: the way with and without exp's ends."""
+    gate = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for other in (gate, torch.full_like(gate, 1e4)):
+        gates = torch.stack([gate, other], 1).view(-1, 64)
+        x = torch.cat([gates, torch.randn(gates.shape).bfloat16()], 1)
+        for args in ((1.702, 7.0), (-0.3, 1e30), (1e3, -2.0), (1e-30, torch.inf), (torch.nan, torch.nan)):
+            assert_same_bits(ops.swiglu(x.cuda(), act, *args), ops.swiglu(x, act, *args))
+            assert_same_bits(ops.swiglu_quantize(x.cuda(), act, *args), ops.swiglu_quantize(x, act, *args))
 
 
 def test_ten_thousand_bad_calls_end_in_python_exceptions():

@@ -79,7 +79,15 @@ def test_converts_bf16_and_fp16_as_torch_does(header):
     assert_same_bits(header("from_f16", half, torch.float32), half.view(torch.float16).float())
 
 
-@pytest.mark.parametrize("name, definition", [("exp32", numbers.exp), ("softplus32", numbers.softplus)])
+@pytest.mark.parametrize(
+    "name, definition",
+    [
+        ("exp32", numbers.exp),
+        ("sigmoid32", numbers.sigmoid),
+        ("softplus32", numbers.softplus),
+        ("swish32", lambda x: numbers.swish(x, 1.702)),
+    ],
+)
 def test_own_functions_have_the_reference_bits(header, name, definition):
     x = torch.cat([floats(), torch.linspace(-110, 95, 200001)])
     assert_same_bits(header(name, x, torch.float32), definition(x), name)

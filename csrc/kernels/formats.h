@@ -68,21 +68,41 @@ NVFP4_HD uint32_t e2m1_encode(float x) { return e2m1_encode(x, x); }
 
 // ---- e4m3 -----------------------------------------------------------------------------------------
 
-NVFP4_HD float e4m3_decode(uint32_t byte) {
+NVFP4_HD float e4m3_decode_portable(uint32_t byte) {
   const uint32_t sign = (byte & 0x80) << 24, m = byte & 0x7f;
   if (m == 0x7f) return float_of(sign | 0x7fc00000u);
   if (m < 8) return float_of(sign | bits_of(static_cast<float>(m) * kE4m3Min));
   return float_of(sign | ((m << 20) + (120u << 23)));
 }
+NVFP4_HD float e4m3_decode(uint32_t byte) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t halves;
+  float x;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(byte)));
+  asm("{ .reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a; }" : "=f"(x) : "r"(halves));
+  return x;
+#else
+  return e4m3_decode_portable(byte);
+#endif
+}
 
-// Round to nearest even; magnitudes above 448 saturate, NaN gives 0x7f (sign kept).
-NVFP4_HD uint32_t e4m3_encode(float x) {
+// Round to nearest even; magnitudes above 448 saturate, NaN gives 0x7f.
+NVFP4_HD uint32_t e4m3_encode_portable(float x) {
   const uint32_t sign = bits_of(x) >> 24 & 0x80, u = bits_of(x) & 0x7fffffffu;
-  if (u > 0x7f800000u) return sign | kE4m3NaN;
+  if (u > 0x7f800000u) return kE4m3NaN;
   if (u >= 0x43e00000u) return sign | 0x7e;  // >= 448
   // subnormals: adding 2^14 puts the unit 2^-9 on float's last bit, and the addition rounds to even
   if (u < 0x3c800000u) return sign | (bits_of(float_of(u) + 0x1p14f) - bits_of(0x1p14f));
   return sign | ((u - (120u << 23) + 0x7ffffu + (u >> 20 & 1)) >> 20);
+}
+NVFP4_HD uint32_t e4m3_encode(float x) {
+#if __CUDA_ARCH__ >= 890
+  uint16_t byte;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(byte) : "f"(0.0f), "f"(x));
+  return byte;
+#else
+  return e4m3_encode_portable(x);
+#endif
 }
 
 // ---- e8m0 -----------------------------------------------------------------------------------------

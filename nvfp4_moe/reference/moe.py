@@ -21,7 +21,7 @@ def _scores(logits: Tensor, score: str) -> Tensor:
     top = finite_or_inf.amax(-1, keepdim=True)
     distance = torch.where(finite_or_inf == top, 0.0, finite_or_inf - top)  # inf - inf counts as 0
     terms = torch.where(x.isnan(), 0.0, numbers.exp(distance))
-    return torch.where(x.isnan(), torch.nan, terms / lane_sum(terms)[..., None])
+    return torch.where(x.isnan(), torch.nan, terms * (1 / lane_sum(terms))[..., None])
 
 
 def _mask_losing_groups(choice: Tensor, n_group: int, topk_group: int) -> Tensor:
@@ -96,7 +96,8 @@ def swiglu(gate_up: Tensor, act: str, act_alpha: float, limit: float) -> Tensor:
         g = torch.where(g > limit, limit, g)
         u = torch.where(u > limit, limit, torch.where(u < -limit, -limit, u))
     if act == "swiglu_oai":
-        return (numbers.swish(g, act_alpha) * (u + 1)).bfloat16()
+        s = numbers.swish(g, act_alpha)
+        return fma(s, u, s).bfloat16()  # times u + 1
     return (numbers.swish(g, 1.0) * u).bfloat16()
 
 

@@ -39,6 +39,12 @@ void from_f16(const uint16_t* x, float* y, int64_t n) {
 void exp32(const float* x, float* y, int64_t n) {
   map(x, y, n, [](auto v) { return exp32(v); });
 }
+void sigmoid32(const float* x, float* y, int64_t n) {
+  map(x, y, n, [](auto v) { return sigmoid32(v); });
+}
+void swish32(const float* x, float* y, int64_t n) {
+  map(x, y, n, [](auto v) { return swish32(v, 1.702f); });
+}
 void softplus32(const float* x, float* y, int64_t n) {
   map(x, y, n, [](auto v) { return softplus32(v); });
 }

@@ -29,8 +29,8 @@ NVFP4_CLONES void softmax(float* s, int64_t E) {  // NaN logits keep a NaN score
     const float distance = s[e] == top ? 0.0f : s[e] - top;  // inf - inf counts as 0
     term[e] = is_nan(s[e]) ? 0.0f : exp32(distance);
   }
-  const float sum = lane_sum(term.data(), E);
-  for (int64_t e = 0; e < E; ++e) s[e] = is_nan(s[e]) ? kNaN : term[e] / sum;
+  const float share = 1.0f / lane_sum(term.data(), E);
+  for (int64_t e = 0; e < E; ++e) s[e] = is_nan(s[e]) ? kNaN : term[e] * share;
 }
 
 NVFP4_CLONES void sigmoid(float* s, int64_t E) {

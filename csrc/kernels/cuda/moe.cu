@@ -24,64 +24,61 @@ void with_act(Act act, Body body) {
   if (act == Act::relu2) body(std::integral_constant<Act, Act::relu2>{});
 }
 
-// math.h's swish32 where |beta g| <= 80 and |beta| <= 2^10, bit for bit in half the instructions: exp32
-// without its ends, its 2^n added to the exponent; and for the quotient what nvcc emits where nothing over-
-// or underflows (it is above 2^-122, or g is so small that the divisor is 2).
-__device__ inline float swish_mild(float g, float beta) {
-  constexpr float kMagic = 0x1.8p23f;
-  const float x = -(beta * g), shifted = x * 0x1.715476p+0f + kMagic, n = shifted - kMagic;
-  const float t = fma32(n, -0x1.7f7d1cp-20f, fma32(n, -0x1.62e400p-1f, x));
-  float y = 0x1.a01a02p-13f;
-  y = fma32(y, t, 0x1.6c16c2p-10f);
-  y = fma32(y, t, 0x1.111112p-7f);
-  y = fma32(y, t, 0x1.555556p-5f);
-  y = fma32(y, t, 0x1.555556p-3f);
-  y = fma32(y, t, 0.5f);
-  y = fma32(y, t, 1.0f);
-  y = fma32(y, t, 1.0f);
-  const float d = 1.0f + float_of(bits_of(y) + (bits_of(shifted) << 23));
-  const float r0 = fast_reciprocal(d), r = fma32(r0, fma32(-d, r0, 1.0f), r0), q = g * r;
-  return fma32(-r, fma32(d, q, -g), q);  // these signs keep that of a zero g
+__device__ inline float clamp(float x, float limit) {  // limit > 0; NaN passes through
+  float y;
+#if __CUDA_ARCH__ >= 860
+  asm("min.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
+#else
+  y = x > limit ? limit : x < -limit ? -limit : x;
+#endif
+  return y;
 }
 
+// math.h's activation of what `mild` lets through: without the ends of exp, and with clamps of one
+// instruction.
 template <Act act>
-__device__ float activate_mild(float gate, float up, float act_alpha, float limit) {
-  if (act == Act::relu2) return activate<act>(gate, up, act_alpha, limit);
-  if (act == Act::silu) return swish_mild(gate, 1.0f) * up;
-  const float g = gate > limit ? limit : gate;
-  const float u = up > limit ? limit : up < -limit ? -limit : up;
-  if (act == Act::swiglu_limit) return swish_mild(g, 1.0f) * u;
-  return swish_mild(g, act_alpha) * (u + 1.0f);
+__device__ float activate_mild(float gate, float up, float slope, float limit) {
+  if (act == Act::relu2) return activate<act>(gate, up, 0.0f, limit);
+  if (act == Act::silu) return swish_inside(gate, slope) * up;
+  const float s = swish_inside(fminf(gate, limit), slope), u = clamp(up, limit);
+  return act == Act::swiglu_limit ? s * u : fma32(s, u, s);
 }
 
-// May activate_mild take these gates? A NaN among them says no.
+// A NaN among the gates, or as the limit, says no.
 template <Act act, int kWords>
-__device__ bool mild(const uint32_t (&gate)[kWords], float act_alpha, float limit) {
+__device__ bool mild(const uint32_t (&gate)[kWords], float slope, float limit) {
   if (act == Act::relu2) return true;
-  const float beta = act == Act::swiglu_oai ? fabsf(act_alpha) : 1.0f;
-  if (act != Act::silu && !(limit >= 0.0f)) return false;
-  return float_of(largest<bf16>(gate)) * beta <= 80.0f && beta <= 1024.0f;
+  if (act != Act::silu && !(limit > 0.0f)) return false;
+  return float_of(largest<bf16>(gate)) * fabsf(slope) <= kExp2Most;
 }
 
-// The activation of kValues gates and ups, all read before any is used.
 template <Act act, int kValues>
-__device__ void activate_some(const bf16* gate, const bf16* up, bool aligned, const SwigluParams& p,
-                              uint32_t (&out)[kValues / 2]) {
-  uint32_t g[kValues / 2], u[kValues / 2] = {};
-  load<kValues>(gate, aligned, g);
-  if (act != Act::relu2) load<kValues>(up, aligned, u);
-  if (mild<act>(g, p.act_alpha, p.limit)) {
+struct Gated {  // as they lie in memory
+  uint32_t gate[kValues / 2], up[kValues / 2];
+
+  Gated() = default;
+  __device__ Gated(const bf16* from, int64_t I, bool aligned) {
+    load<kValues>(from, aligned, gate);
+    if (act != Act::relu2) load<kValues>(from + I, aligned, up);
+  }
+};
+
+template <Act act, int kValues>
+__device__ void activate_some(Gated<act, kValues> x, const SwigluParams& p, uint32_t (&out)[kValues / 2]) {
+  const float slope = swish_slope(act == Act::swiglu_oai ? p.act_alpha : 1.0f);
+  if (mild<act>(x.gate, slope, p.limit)) {
 #pragma unroll
     for (int i = 0; i < kValues / 2; ++i)
-      out[i] = pair_of(activate_mild<act>(low_of(g[i]), low_of(u[i]), p.act_alpha, p.limit),
-                       activate_mild<act>(high_of(g[i]), high_of(u[i]), p.act_alpha, p.limit));
+      out[i] = pair_of(activate_mild<act>(low_of(x.gate[i]), low_of(x.up[i]), slope, p.limit),
+                       activate_mild<act>(high_of(x.gate[i]), high_of(x.up[i]), slope, p.limit));
     return;
   }
 #pragma unroll 1
   for (int i = 0; i < kValues; ++i) {
-    shift<16>(out, to_bf16(activate<act>(low_of(g[0]), low_of(u[0]), p.act_alpha, p.limit)).bits);
-    shift<16>(g, 0);
-    shift<16>(u, 0);
+    const float y = activate<act>(low_of(x.gate[0]), low_of(x.up[0]), p.act_alpha, p.limit);
+    shift<16>(out, to_bf16(y).bits);
+    shift<16>(x.gate, 0);
+    shift<16>(x.up, 0);
   }
 }
 
@@ -98,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(bool early, SwigluPara
   const int64_t r = divide(v, width);
   const bf16* gate = gate_of<act>(p, r) + (v - r * width) * kVector;
   alignas(16) uint32_t out[kVector / 2];
-  activate_some<act, kVector>(gate, gate + p.I, true, p, out);
+  activate_some(Gated<act, kVector>(gate, p.I, true), p, out);
   reinterpret_cast<uint4*>(p.out)[v] = reinterpret_cast<const uint4&>(out);
 }
 
@@ -115,6 +112,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_single_kernel(bool early, Swi
 
 template <Act act>
 struct ActivatedRows {
+  using Raw = Gated<act, kBlock>;
   static constexpr bool kCheap = false;
   SwigluParams p;
   bool aligned;
@@ -122,10 +120,12 @@ struct ActivatedRows {
   struct Row {
     const ActivatedRows& rows;
     const bf16* gate;
-    __device__ Block<bf16> operator()(int64_t s) const {
-      const bf16* first = gate + s * kBlock;
+    __device__ Gated<act, kBlock> load(int64_t s) const {
+      return {gate + s * kBlock, rows.p.I, rows.aligned};
+    }
+    __device__ Block<bf16> block(const Raw& x) const {
       Block<bf16> b;
-      activate_some<act, kBlock>(first, first + rows.p.I, rows.aligned, rows.p, b.word);
+      activate_some(x, rows.p, b.word);
       return b;
     }
   };

@@ -1,7 +1,7 @@
 // mxfp4_to_nvfp4. The first pass reads exponents and, of the codes, only blocks that would widen the range
-// known so far; a tensor that loses nothing is then read and written once. The other passes are launched
-// where the method may need them and leave at once for matrices that don't: nobody waits for the device to
-// say. csrc/kernels/mxfp4.h has the arithmetic.
+// known so far or raise the maximum; a tensor that loses nothing is then read and written once. The other
+// passes are launched where the method may need them and leave at once for matrices that don't: nobody waits
+// for the device to say. csrc/kernels/mxfp4.h has the arithmetic.
 #include <algorithm>
 
 #include "../mxfp4.h"
@@ -18,9 +18,10 @@ constexpr int kThreads = 256;
 constexpr int kEach = 4;                  // blocks of 32 values a thread converts
 constexpr int kChunk = kThreads * kEach;  // a CTA
 constexpr int kAhead = 16;                // exponents a thread has under way: 64 dependent loads else
-constexpr int kLongChunk = 16 * kChunk;   // or counts; the sums of squares fit 32 bits
+constexpr float kFloatMax = 0x1.fffffep+127f;
+constexpr int kLongChunk = 16 * kChunk;  // or counts; the sums of squares fit 32 bits
 
-struct Work {  // of one matrix; all zero at first
+struct alignas(16) Work {  // of one matrix; all zero at first
   Stats stats;
   int least, most;  // 256 - byte and byte + 1 of the lowest and highest exponent of a live block
   int searched;     // verbatim_search's m
@@ -32,11 +33,9 @@ struct Work {  // of one matrix; all zero at first
 __device__ bool beyond_window(Range range) { return !range.empty() && !range.fits(); }
 __device__ bool searched(Mxfp4 method, Range range) { return method == Mxfp4::best && beyond_window(range); }
 
-// Which statistics does alpha need? Of the methods that ask for neither, hybrid does not even launch the
-// passes.
-__device__ bool needs_amax(Mxfp4 method, Range range) {
-  return method == Mxfp4::requantize ? !range.empty() : searched(method, range);
-}
+// Which statistics does alpha need? `hybrid` takes neither.
+bool wants_amax(Mxfp4 method) { return method == Mxfp4::requantize || method == Mxfp4::best; }
+bool recodes_densely(Mxfp4 method) { return method == Mxfp4::requantize || method == Mxfp4::hybrid; }
 __device__ bool needs_counts(Mxfp4 method, Range range) {
   return (method == Mxfp4::verbatim_midpoint || method == Mxfp4::verbatim_search) && beyond_window(range);
 }
@@ -64,35 +63,6 @@ __device__ Halves codes_of(const Mxfp4Params& p, int64_t block) {
 
 // ---- statistics -----------------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kThreads) find_range(Mxfp4Params p, Work* work) {
-  __shared__ int least, most;
-  const Part part(p, kLongChunk);
-  Work& mine = work[part.e];
-  if (threadIdx.x == 0)
-    least = mine.least, most = mine.most;  // what other CTAs have found meanwhile: all the better
-  __syncthreads();
-  for (int64_t from = part.begin + threadIdx.x; from < part.end; from += kAhead * kThreads) {
-    int bytes[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int64_t b = from + i * kThreads;
-      bytes[i] = b < part.end ? p.e8m0[part.e * part.blocks + b] : 255;
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int low = *const_cast<volatile int*>(&least), high = *const_cast<volatile int*>(&most);
-      if ((256 - bytes[i] <= low && bytes[i] + 1 <= high) || bytes[i] > kMaxByte) continue;
-      const Halves codes = codes_of(p, part.e * part.blocks + from + i * kThreads);
-      if (is_zero(codes.of[0] | codes.of[1])) continue;
-      atomicMax(&least, 256 - bytes[i]);
-      atomicMax(&most, bytes[i] + 1);
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x == 0 && least > mine.least) atomicMax(&mine.least, least);
-  if (threadIdx.x == 0 && most > mine.most) atomicMax(&mine.most, most);
-}
-
 // The largest magnitude: of the codes that have all higher bits found so far, does any have the next?
 __device__ int top_of(uint64_t codes) {
   int top = 0;
@@ -106,19 +76,43 @@ __device__ int top_of(uint64_t codes) {
   return top;
 }
 
-__global__ void __launch_bounds__(kThreads) find_amax(Mxfp4Params p, Work* work) {
+__global__ void __launch_bounds__(kThreads) find_range(Mxfp4Params p, Work* work, bool wants_amax) {
+  __shared__ int least, most;
+  __shared__ uint32_t amax;  // bits; magnitudes order as they do
   const Part part(p, kLongChunk);
-  if (!needs_amax(p.method, work[part.e].range())) return;
-  float top = 0.0f;
-#pragma unroll kEach
-  for (int64_t b = part.begin + threadIdx.x; b < part.end; b += kThreads) {
-    const int byte = p.e8m0[part.e * part.blocks + b];
-    const Halves codes = codes_of(p, part.e * part.blocks + b);
-    const float here = e2m1_decode(max(top_of(codes.of[0]), top_of(codes.of[1]))) * e8m0_decode(byte);
-    if (byte <= kMaxByte) top = fmaxf(top, here);
+  Work& mine = work[part.e];
+  uint32_t& all = reinterpret_cast<uint32_t&>(mine.stats.amax);
+  if (threadIdx.x == 0)  // what other CTAs have found meanwhile: all the better
+    least = mine.least, most = mine.most, amax = wants_amax ? all : bits_of(kFloatMax);
+  __syncthreads();
+  for (int64_t from = part.begin + threadIdx.x; from < part.end; from += kAhead * kThreads) {
+    int bytes[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t b = from + i * kThreads;
+      bytes[i] = b < part.end ? p.e8m0[part.e * part.blocks + b] : 255;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int low = *const_cast<volatile int*>(&least), high = *const_cast<volatile int*>(&most);
+      const uint32_t top = *const_cast<volatile uint32_t*>(&amax),
+                     could = static_cast<uint32_t>(bytes[i] + 2) << 23 | 0x400000;
+      const bool known = 256 - bytes[i] <= low && bytes[i] + 1 <= high && could <= top;  // could be 6 * 2^k
+      if (known || bytes[i] > kMaxByte) continue;
+      const Halves codes = codes_of(p, part.e * part.blocks + from + i * kThreads);
+      if (is_zero(codes.of[0] | codes.of[1])) continue;
+      atomicMax(&least, 256 - bytes[i]);
+      atomicMax(&most, bytes[i] + 1);
+      if (could <= top) continue;
+      const float here = e2m1_decode(max(top_of(codes.of[0]), top_of(codes.of[1]))) * e8m0_decode(bytes[i]);
+      atomicMax(&amax, bits_of(here));
+    }
   }
-  const uint32_t most = __reduce_max_sync(kAll, bits_of(top));  // not negative: the bits ascend
-  if (threadIdx.x % 32 == 0) atomicMax(reinterpret_cast<uint32_t*>(&work[part.e].stats.amax), most);
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  if (least > mine.least) atomicMax(&mine.least, least);
+  if (most > mine.most) atomicMax(&mine.most, most);
+  if (wants_amax && amax > all) atomicMax(&all, amax);
 }
 
 __global__ void __launch_bounds__(kThreads) count_exponents(Mxfp4Params p, Work* work) {
@@ -220,20 +214,21 @@ __device__ double lane_sum(double x) {
   return x;
 }
 
-// numbers.lane_sum over rows of numbers.lane_sum over half blocks: warp w is the lane of rows w, w + 32, ..
-__global__ void __launch_bounds__(1024) sum_errors(Mxfp4Params p, Work* work) {
+// errors[e][i][row]: numbers.lane_sum over the row's half blocks. CTAs of a matrix and candidate take its
+// rows in turn; a warp has a row.
+__global__ void __launch_bounds__(kThreads)
+    sum_row_errors(Mxfp4Params p, const Work* work, double* errors, unsigned ctas) {
   __shared__ ErrorTable table;
-  __shared__ double by_warp[32];
-  const int e = blockIdx.x / kCandidates, i = blockIdx.x % kCandidates, lane = threadIdx.x % 32;
+  const int which = blockIdx.x / ctas, e = which / kCandidates, lane = threadIdx.x % 32;
   const Range range = work[e].range();
   if (!searched(p.method, range)) return;
-  const Scale scale = candidate(work[e].stats, range, i);
+  const Scale scale = candidate(work[e].stats, range, which % kCandidates);
   fill(table, scale.alpha);
   __syncthreads();
   const uint64_t* codes = reinterpret_cast<const uint64_t*>(p.packed) + e * p.N * p.K / 16;
   const uint8_t* bytes = p.e8m0 + e * p.N * p.K / 32;
-  double total = 0.0;
-  for (int64_t row = threadIdx.x / 32; row < p.N; row += 32) {
+  constexpr int kRows = kThreads / 32;
+  for (int64_t row = blockIdx.x % ctas * kRows + threadIdx.x / 32; row < p.N; row += ctas * kRows) {
     double sum = 0.0;
     for (int64_t s = row * p.K / 16 + lane; s < (row + 1) * p.K / 16; s += 32) {
       const uint64_t half = codes[s];
@@ -241,11 +236,19 @@ __global__ void __launch_bounds__(1024) sum_errors(Mxfp4Params p, Work* work) {
       if (is_zero(half) || kept_scale(p.method, scale, byte) != kQuantize) continue;
       sum += best_scale(table, count_magnitudes(half), byte, scale.alpha).error;
     }
-    total += lane_sum(sum);
+    sum = lane_sum(sum);
+    if (lane == 0) errors[which * p.N + row] = sum;
   }
-  if (lane == 0) by_warp[threadIdx.x / 32] = total;
-  __syncthreads();
-  total = lane_sum(by_warp[lane]);
+}
+
+// numbers.lane_sum over the rows, by one warp.
+__global__ void sum_errors(Mxfp4Params p, Work* work, const double* errors) {
+  const int e = blockIdx.x / kCandidates, i = blockIdx.x % kCandidates;
+  if (!searched(p.method, work[e].range())) return;
+  double total = 0.0;
+#pragma unroll 8
+  for (int64_t row = threadIdx.x; row < p.N; row += 32) total += errors[blockIdx.x * p.N + row];
+  total = lane_sum(total);
   if (threadIdx.x == 0) work[e].errors[i] = total;
 }
 
@@ -264,42 +267,69 @@ __device__ Scale scale_of(const Work& work, Mxfp4 method) {
   return direct_scale(work.stats, range, method);
 }
 
-// Recode::apply: a permute looks up four codes in the eight bytes at once, and packs its nibbles.
-__device__ uint64_t apply(const Recode& r, uint64_t codes) {
-  uint32_t low = 0, high = 0;
+// A Recode as convert() uses it: new magnitude codes by old ones, a byte each, and the scale.
+struct alignas(16) Lookup {
+  uint32_t low, high, sf;
+
+  __device__ explicit Lookup(const Recode& r) : low(0), high(0), sf(r.sf) {
 #pragma unroll
-  for (int v = 0; v < 4; ++v) low |= r.code[v] << 8 * v, high |= r.code[v + 4] << 8 * v;
-  uint64_t out = codes & 0x8888888888888888u;
-#pragma unroll
-  for (int i = 0; i < 64; i += 16) {
-    uint32_t four = __byte_perm(low, high, static_cast<uint32_t>(codes >> i) & 0x7777);
-    four = (four | four >> 4) & 0x00ff00ffu;
-    out |= static_cast<uint64_t>((four | four >> 8) & 0xffff) << i;
+    for (int v = 0; v < 4; ++v) low |= r.code[v] << 8 * v, high |= r.code[v + 4] << 8 * v;
   }
-  return out;
+  // Recode::apply: a permute looks up four codes in the eight bytes at once, and packs its nibbles.
+  __device__ uint64_t apply(uint64_t codes) const {
+    uint64_t out = codes & 0x8888888888888888u;
+#pragma unroll
+    for (int i = 0; i < 64; i += 16) {
+      uint32_t four = __byte_perm(low, high, static_cast<uint32_t>(codes >> i) & 0x7777);
+      four = (four | four >> 4) & 0x00ff00ffu;
+      out |= static_cast<uint64_t>((four | four >> 8) & 0xffff) << i;
+    }
+    return out;
+  }
+};
+
+// recode_dense takes nine divisions, and there are few different half blocks to it: by e8m0 byte and largest
+// magnitude, once a matrix.
+constexpr int kRecodes = 256 * 8;
+__global__ void __launch_bounds__(kThreads) tabulate(Mxfp4Params p, const Work* work, Lookup* table) {
+  const int i = blockIdx.x * kThreads + threadIdx.x, e = i / kRecodes, byte = i % kRecodes / 8;
+  const Range range = work[e].range();
+  if (byte - kBias < range.kmin || byte - kBias > range.kmax) return;
+  table[i] = Lookup(recode_dense(i % 8, byte, scale_of(work[e], p.method).alpha));
 }
+
+// How convert() finds new codes: by the error table under `best`, by tabulate()'s otherwise.
+template <bool kBest>
+struct Recoder {
+  Scale scale;
+  const ErrorTable& errors;
+  const Lookup* table;  // of the matrix
+
+  __device__ Lookup of(uint64_t codes, int byte) const {
+    if constexpr (!kBest) return table[byte * 8 + top_of(codes)];
+    const int e4m3 = best_scale(errors, count_magnitudes(codes), byte, scale.alpha).e4m3;
+    return Lookup(recode_nearest(e4m3, byte, scale.alpha));
+  }
+};
 
 // One half block: its scale, and its codes changed where they have to be.
-__device__ uint8_t convert_half(const Mxfp4Params& p, const Scale& scale, const ErrorTable* table, bool bad,
-                                int byte, uint64_t& codes) {
+template <bool kBest>
+__device__ uint8_t convert_half(const Mxfp4Params& p, const Recoder<kBest>& recoder, bool bad, int byte,
+                                uint64_t& codes) {
   if (bad) return kE4m3NaN;
   if (is_zero(codes)) return kOne;
-  const uint8_t kept = kept_scale(p.method, scale, byte);
+  const uint8_t kept = kept_scale(p.method, recoder.scale, byte);
   if (kept != kQuantize) return kept;
-  Recode r;
-  if (table) {
-    const int e4m3 = best_scale(*table, count_magnitudes(codes), byte, scale.alpha).e4m3;
-    r = recode_nearest(e4m3, byte, scale.alpha);
-  } else {
-    r = recode_dense(top_of(codes), byte, scale.alpha);
-  }
-  codes = apply(r, codes);
-  return r.sf;
+  const Lookup r = recoder.of(codes, byte);
+  codes = r.apply(codes);
+  return static_cast<uint8_t>(r.sf);
 }
 
-__global__ void __launch_bounds__(kThreads) convert(Mxfp4Params p, const Work* work) {
+template <bool kBest>
+__global__ void __launch_bounds__(kThreads, kBest ? 4 : 5)
+    convert(Mxfp4Params p, const Work* work, const Lookup* table) {
   __shared__ Scale shared_scale;
-  __shared__ ErrorTable table;
+  __shared__ ErrorTable errors;
   const Part part(p, kChunk);
   const int64_t first = part.e * part.blocks;
   Halves codes[kEach];
@@ -309,23 +339,23 @@ __global__ void __launch_bounds__(kThreads) convert(Mxfp4Params p, const Work* w
     const int64_t b = part.begin + i * kThreads + threadIdx.x;
     if (b < part.end) codes[i] = codes_of(p, first + b), byte[i] = p.e8m0[first + b];
   }
-  const bool search = searched(p.method, work[part.e].range());
   if (threadIdx.x == 0) shared_scale = scale_of(work[part.e], p.method);
   __syncthreads();
   const Scale scale = shared_scale;
   if (threadIdx.x == 0 && part.begin == 0) p.alpha[part.e] = scale.alpha;
-  if (search) {
-    fill(table, scale.alpha);
+  if (kBest && searched(p.method, work[part.e].range())) {
+    fill(errors, scale.alpha);
     __syncthreads();
   }
+  const Recoder<kBest> recoder{scale, errors, table + part.e * kRecodes};
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int64_t b = part.begin + i * kThreads + threadIdx.x;
     if (b >= part.end) break;
     const bool bad = byte[i] > kMaxByte && !is_zero(codes[i].of[0] | codes[i].of[1]);
     uchar2 sf;
-    sf.x = convert_half(p, scale, search ? &table : nullptr, bad, byte[i], codes[i].of[0]);
-    sf.y = convert_half(p, scale, search ? &table : nullptr, bad, byte[i], codes[i].of[1]);
+    sf.x = convert_half(p, recoder, bad, byte[i], codes[i].of[0]);
+    sf.y = convert_half(p, recoder, bad, byte[i], codes[i].of[1]);
     reinterpret_cast<uchar2*>(p.sf)[first + b] = sf;
     reinterpret_cast<ulonglong2*>(p.packed_out)[first + b] = {codes[i].of[0], codes[i].of[1]};
   }
@@ -333,21 +363,35 @@ __global__ void __launch_bounds__(kThreads) convert(Mxfp4Params p, const Work* w
 
 }  // namespace
 
-int64_t mxfp4_workspace(const Mxfp4Params& p) { return p.E * static_cast<int64_t>(sizeof(Work)); }
+// Behind the Works: requantize's and hybrid's tables, or the row errors of `best`.
+int64_t mxfp4_workspace(const Mxfp4Params& p) {
+  int64_t each = sizeof(Work);
+  if (recodes_densely(p.method)) each += kRecodes * sizeof(Lookup);
+  if (p.method == Mxfp4::best) each += p.N * kCandidates * sizeof(double);
+  return p.E * each;
+}
 
 void mxfp4_to_nvfp4(const Mxfp4Params& p, void* workspace, cudaStream_t stream) {
   if (p.E == 0) return;
   Work* work = static_cast<Work*>(workspace);
-  CUDA_CHECK(cudaMemsetAsync(work, 0, mxfp4_workspace(p), stream));
+  void* rest = work + p.E;
+  CUDA_CHECK(cudaMemsetAsync(work, 0, p.E * sizeof(Work), stream));
   const unsigned parts = parts_of(p, kLongChunk), matrices = static_cast<unsigned>(p.E);
-  find_range<<<parts, kThreads, 0, stream>>>(p, work);
-  if (p.method == Mxfp4::requantize || p.method == Mxfp4::best)
-    find_amax<<<parts, kThreads, 0, stream>>>(p, work);
-  else if (p.method != Mxfp4::hybrid)
+  find_range<<<parts, kThreads, 0, stream>>>(p, work, wants_amax(p.method));
+  if (p.method == Mxfp4::verbatim_midpoint || p.method == Mxfp4::verbatim_search)
     count_exponents<<<parts, kThreads, 0, stream>>>(p, work);
   if (p.method == Mxfp4::verbatim_search) search_power<<<matrices, kThreads, 0, stream>>>(p, work);
-  if (p.method == Mxfp4::best) sum_errors<<<matrices * kCandidates, 1024, 0, stream>>>(p, work);
-  convert<<<parts_of(p, kChunk), kThreads, 0, stream>>>(p, work);
+  if (p.method == Mxfp4::best) {
+    double* errors = static_cast<double*>(rest);
+    const unsigned sums = matrices * kCandidates, ctas = 1 + 8 * sm_count() / sums;
+    sum_row_errors<<<sums * ctas, kThreads, 0, stream>>>(p, work, errors, ctas);
+    sum_errors<<<sums, 32, 0, stream>>>(p, work, errors);
+  }
+  Lookup* table = static_cast<Lookup*>(rest);
+  if (recodes_densely(p.method))
+    tabulate<<<matrices*(kRecodes / kThreads), kThreads, 0, stream>>>(p, work, table);
+  const auto kernel = p.method == Mxfp4::best ? convert<true> : convert<false>;
+  kernel<<<parts_of(p, kChunk), kThreads, 0, stream>>>(p, work, table);
   CUDA_CHECK(cudaGetLastError());
 }
 

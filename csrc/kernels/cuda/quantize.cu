@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(bool early, Quantize
     const int64_t b = first + i * kThreads;
     if (b >= blocks) return;
     const float scale = p.scale[p.per_row ? divide(b, S) : 0];
-    p.sf[b] = quantize_block<false>(block[i], largest(block[i]), scale, p.packed + b * 8);
+    p.sf[b] = quantize_block(block[i], largest(block[i]), scale, p.packed + b * 8);
   }
 }
 
@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(bool early, Quantize
 
 template <class T>
 struct GatheredRows {
+  using Raw = Block<T>;
   static constexpr bool kCheap = true;
   const T* x;
   const int32_t* rows;
@@ -82,7 +83,8 @@ struct GatheredRows {
   struct Row {
     const T* x;
     bool aligned;
-    __device__ Block<T> operator()(int64_t s) const { return load_block(x + s * kBlock, aligned); }
+    __device__ Block<T> load(int64_t s) const { return load_block(x + s * kBlock, aligned); }
+    __device__ Block<T> block(const Block<T>& b) const { return b; }
   };
   __device__ Row row(int64_t r) const {
     if (!rows) return {x + r * K, aligned};

@@ -83,6 +83,22 @@ __device__ void shift(uint32_t (&word)[kWords], uint32_t top) {
     word[i] = __funnelshift_rc(word[i], i + 1 < kWords ? word[i + 1] : top, kBits);
 }
 
+// Of each half the larger magnitude, under any sign, or a NaN.
+template <class Pair>
+__device__ Pair larger(Pair a, Pair b) {
+#if __CUDA_ARCH__ >= 860
+  uint32_t& x = reinterpret_cast<uint32_t&>(a);
+  const uint32_t y = reinterpret_cast<const uint32_t&>(b);
+  if constexpr (std::is_same_v<Pair, __half2>)
+    asm("max.NaN.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+  else
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+  return a;
+#else
+  return __hmax2_nan(__habs2(a), __habs2(b));
+#endif
+}
+
 // The largest magnitude as float bits; a NaN, if there is one.
 template <class T, int kWords>
 __device__ uint32_t largest(const uint32_t (&word)[kWords]) {
@@ -93,9 +109,10 @@ __device__ uint32_t largest(const uint32_t (&word)[kWords]) {
     return top;
   } else {
     using Pair = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
-    Pair top = __habs2(reinterpret_cast<const Pair&>(word[0]));
+    Pair top = larger(reinterpret_cast<const Pair&>(word[0]), reinterpret_cast<const Pair&>(word[1]));
 #pragma unroll
-    for (int i = 1; i < kWords; ++i) top = __hmax2_nan(top, __habs2(reinterpret_cast<const Pair&>(word[i])));
+    for (int i = 2; i < kWords; ++i) top = larger(top, reinterpret_cast<const Pair&>(word[i]));
+    top = __habs2(top);
     const auto most = __hmax_nan(top.x, top.y);  // torch's build flags forbid its conversion operators
     return bits_of(to_float(reinterpret_cast<const T&>(most))) & 0x7fffffffu;
   }
@@ -196,8 +213,8 @@ __device__ uint2 codes_by_division(Block<T> b, float step) {
   return {codes[0], codes[1]};
 }
 
-// One block to its 8 bytes; returns its scale. `top` is largest(b).
-template <bool kPowerOfTwo, class T>
+// One block to its 8 bytes under any scale; returns its own. `top` is largest(b).
+template <class T>
 __device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, float scale, uint8_t* packed) {
   constexpr uint32_t kLow = (127 - 60) << 23, kHigh = (127 + 60) << 23;  // 2^-60, 2^60
   const uint32_t byte = block_scale(float_of(top), scale);
@@ -205,11 +222,36 @@ __device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, float scale, 
   uint2 codes;
   if (top > kHigh || bits_of(step) - kLow > kHigh - kLow)
     codes = codes_by_division(b, step);
-  else if constexpr (kPowerOfTwo && std::is_same_v<T, bf16>)
-    codes = {codes_in_halves(b, 0, 8 * step), codes_in_halves(b, 1, 8 * step)};
   else
     codes = {codes_by_quotient(b, 0, 8 * step), codes_by_quotient(b, 1, 8 * step)};
   *reinterpret_cast<uint2*>(packed) = codes;
+  return static_cast<uint8_t>(byte);
+}
+
+// A row's power of two (or 0), with what its blocks take from it.
+struct RowScale {
+  float scale, inverse;
+  uint32_t tame;  // blocks with a `top` below it take the short way: finite ones, the scale within 2^+-48
+
+  __device__ explicit RowScale(float scale) : scale(scale), inverse(float_of((254u << 23) - bits_of(scale))) {
+    constexpr uint32_t kLow = (127 - 48) << 23, kHigh = (127 + 48) << 23;
+    tame = scale == 0.0f || bits_of(scale) - kLow <= kHigh - kLow ? kInfinity : 0;
+  }
+};
+
+// The same under a row's scale. Of a tame block, amax / (6 scale) is an exact scaling and a division by 6,
+// which the rounded 1/6 and two FMAs round correctly.
+template <class T>
+__device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, const RowScale& row, uint8_t* packed) {
+  if (top >= row.tame) return quantize_block(b, top, row.scale, packed);
+  constexpr float kSixth = 0x1.555556p-3f;
+  const float amax = float_of(top) * row.inverse, q = amax * kSixth;
+  const uint32_t byte = e4m3_encode(fmaxf(fma32(fma32(-6.0f, q, amax), kSixth, q), kE4m3Min));
+  const float step8 = e4m3_decode(byte) * (8 * row.scale);  // 0 in a row of zeros: a quotient NaN has code 0
+  if constexpr (std::is_same_v<T, bf16>)
+    *reinterpret_cast<uint2*>(packed) = {codes_in_halves(b, 0, step8), codes_in_halves(b, 1, step8)};
+  else
+    *reinterpret_cast<uint2*>(packed) = {codes_by_quotient(b, 0, step8), codes_by_quotient(b, 1, step8)};
   return static_cast<uint8_t>(byte);
 }
 
@@ -227,7 +269,7 @@ struct QuantizedRows {  // R rows of S blocks
 // Where a row's scales go: four columns together, and `stride` bytes on to the next four.
 struct SfPlace {
   uint8_t* first;  // null: nowhere, no expert has the row
-  int64_t stride;
+  int stride;
 
   __device__ void store(int s, uint8_t byte) const {
     if (first) first[(s >> 2) * stride + (s & 3)] = byte;
@@ -267,59 +309,67 @@ __device__ inline uint32_t row_max(uint32_t top) {
 }
 
 constexpr int kMostHeld = 4;
+// Of the widest CTAs with bf16 two fit an SM, with 72 registers a thread; with one it is 65 % of the copy
+// rate (16384 x 28672).
+constexpr int kMostThreads = 448;
+template <int kHeld, class Source>
+constexpr int kFewestCtas = kHeld == kMostHeld && std::is_same_v<typename Source::Raw, Block<bf16>> ? 2 : 0;
 
 // A thread takes blocks threadIdx.x, + blockDim.x, ... of its row. It holds the first kHeld between the two
 // passes over them; with kMostHeld more may follow, and those it reads twice.
 template <int kHeld, class Source>
-__global__ void __launch_bounds__(512) quantize_rows_kernel(bool early, Source source, QuantizedRows out) {
+__global__ void __launch_bounds__(kMostThreads, kFewestCtas<kHeld, Source>)
+    quantize_rows_kernel(bool early, Source source, QuantizedRows out) {
   start(early);
   const int64_t mine = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t r = min(mine, out.R - 1);  // threads beyond the last row repeat it: a barrier wants everybody
   const int beyond = kHeld == kMostHeld ? threadIdx.x + kHeld * blockDim.x : out.S;
-  const auto blocks = source.row(r);
-  decltype(blocks(0)) held[kHeld];
+  const auto row = source.row(r);
+  typename Source::Raw raw[kHeld];
+  decltype(row.block(raw[0])) held[kHeld];
   uint32_t tops[kHeld], top = 0;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i)
-    if (const int s = threadIdx.x + i * blockDim.x; s < out.S) held[i] = blocks(s);
+  for (int i = 0; i < kHeld; ++i)  // all loads first
+    if (const int s = threadIdx.x + i * blockDim.x; s < out.S) raw[i] = row.load(s);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int s = threadIdx.x + i * blockDim.x;
     if (s >= out.S) break;
+    held[i] = row.block(raw[i]);
     tops[i] = largest(held[i]);
     top = max(top, largest_finite(held[i], tops[i]));
   }
   for (int s = beyond; s < out.S; s += blockDim.x) {
-    const auto b = blocks(s);
+    const auto b = row.block(row.load(s));
     top = max(top, largest_finite(b, largest(b)));
   }
-  const float scale = row_scale(float_of(row_max(top)));
-  if (threadIdx.x == 0) out.scale[r] = scale;
+  const RowScale scale(row_scale(float_of(row_max(top))));
+  if (threadIdx.x == 0) out.scale[r] = scale.scale;
 
   const SfPlace place = sf_place(out, r);
   const auto finish = [&](const auto& b, uint32_t top, int s) {
-    place.store(s, quantize_block<true>(b, top, scale, out.packed + (r * out.S + s) * 8));
+    place.store(s, quantize_block(b, top, scale, out.packed + (r * out.S + s) * 8));
   };
 #pragma unroll
   for (int i = 0; i < kHeld; ++i)
     if (const int s = threadIdx.x + i * blockDim.x; s < out.S) finish(held[i], tops[i], s);
   for (int s = beyond; s < out.S; s += blockDim.x) {
-    const auto b = blocks(s);
+    const auto b = row.block(row.load(s));
     finish(b, largest(b), s);
   }
 }
 
 // Holding more blocks in fewer threads gives more loads in flight, fewer gives small launches more threads,
-// and costly sources the registers they want. Measured on an H200, of the copy rate, with 2 and 4 blocks
-// held: quantize_rows 83 % and 92 % (65536 x 2880), swiglu_quantize 62 % and 50 % (16384 x 14336).
+// and costly sources the registers they want. Measured on an H200, of the copy rate, with 1, 2 and 4 blocks
+// held: swiglu_quantize 84 %, 90 % and 76 % (65536 x 7168).
 template <class Source>
 void quantize_all_rows(const Source& source, const QuantizedRows& out, cudaStream_t stream) {
   if (out.groups.offsets)  // the padding; the rows' own scales follow
     CUDA_CHECK(cudaMemsetAsync(out.sf, 0, SfGroups::cosize(out.R, out.groups.E, out.S), stream));
-  const int fewest = out.S <= 512 ? 1 : out.S <= 1024 ? 2 : kMostHeld;
-  const int most = out.S <= 64 ? 1 : out.S <= 256 ? 2 : kMostHeld;
-  const int held = Source::kCheap && out.R > 512 ? most : fewest;
-  const int warps = std::clamp<int>(ceil_div(out.S, 32 * held), 1, 16);
+  const int fewest = out.S <= kMostThreads ? 1 : out.S <= 2 * kMostThreads ? 2 : kMostHeld;
+  const int most = out.S <= 64 ? 1 : out.S <= 256 || (fewest <= 2 && !Source::kCheap) ? 2 : kMostHeld;
+  const int held = out.R > 512 ? most : fewest;
+  const int warps = std::clamp<int>(ceil_div(out.S, 32 * held), 1, kMostThreads / 32);
   const dim3 threads(32 * warps, std::max(1, 4 / warps));
   const int64_t ctas = ceil_div(out.R, threads.y);
   if (held == 1) launch(quantize_rows_kernel<1, Source>, {ctas, threads}, stream, source, out);
