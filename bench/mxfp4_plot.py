@@ -20,7 +20,7 @@ DISTANCES = range(10, 25)
 
 
 def blocks_below(distance: int) -> tuple[Tensor, Tensor]:
-    """64 rows of Gaussian blocks, all exponents equal but the first block's, which stands `distance` above."""
+    """64 rows of Gaussian blocks, one exponent but for the first block's, `distance` above."""
     torch.manual_seed(0)
     packed, e8m0 = to_mxfp4(torch.randn(64, 1024))
     packed[0, :16] |= 0x07  # the top block holds a 6, as most do

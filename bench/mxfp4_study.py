@@ -262,9 +262,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw the table, and error against spread (matplotlib)"
-    )
+    parser.add_argument("--plot", metavar="FILE", help="draw what the document shows (matplotlib)")
     args = parser.parse_args()
     rows = table(args.seed)
     if args.plot:
