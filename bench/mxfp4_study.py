@@ -251,9 +251,8 @@ def table(seed: int) -> dict[str, Row]:
     for i, (name, x) in enumerate(tensors(seed), 1):
         r = rows[name] = study(x)
         errors = [f"{r.error[c]:.2e}" if r.error[c] else "0" for c in COLUMNS]
-        print(
-            f"| {i} | {name} | {r.spread} | {r.m} | {r.outside}/{r.blocks} | {' | '.join(errors)} | {r.alpha} |"
-        )
+        cells = [str(i), name, str(r.spread), str(r.m), f"{r.outside}/{r.blocks}", *errors, r.alpha]
+        print(f"| {' | '.join(cells)} |")
     return rows
 
 
