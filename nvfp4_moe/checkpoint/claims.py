@@ -1,0 +1,111 @@
+"""What config.json and hf_quant_config.json claim about the quantization; never believed before the
+tensors."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from .header import CheckpointError
+
+# quant_method -> formats whose tensors may stand behind it
+METHODS = {
+    "modelopt": ("modelopt-nvfp4",),
+    "compressed-tensors": ("compressed-tensors-nvfp4", "compressed-tensors-mxfp4"),
+    "mxfp4": ("gpt-oss-mxfp4",),
+    "fp8": ("deepseek-v4-fp4", "deepseek-v4-nvfp4"),
+    "quark": ("quark-mxfp4", "quark-nvfp4"),
+}
+WEIGHTS_ONLY = ("W4A16_NVFP4", "W4A8_NVFP4_FP8")  # in FP4; FP8 activations run as BF16, which loses nothing
+
+
+@dataclass
+class Claims:
+    method: str | None = None  # quant_method
+    algo: str | None = None  # ModelOpt's quant_algo, upper case
+    group_size: int | None = None
+    excluded: tuple[str, ...] = ()  # names, globs or re:patterns of modules left in high precision
+    layers: dict[str, dict] = field(
+        default_factory=dict
+    )  # quantized_layers: module -> {quant_algo, group_size}
+    groups: list[dict] = field(default_factory=list)  # config_groups
+    weights_only: bool | None = None  # None: the configs do not say
+
+    def excludes(self, module: str) -> str | None:
+        """The entry that says this module is not quantized, or None."""
+        return next((entry for entry in self.excluded if matches(entry, module)), None)
+
+    def compute(self, module: str, kind: str, has_input_scale: bool) -> str:
+        """nvfp4 | bf16 for one module, from the narrowest claim there is."""
+        layer = next((self.layers[name] for name in _ancestors(module) if name in self.layers), None)
+        if layer is not None and layer.get("quant_algo"):
+            return "bf16" if str(layer["quant_algo"]).upper() in WEIGHTS_ONLY else "nvfp4"
+        if self.algo in WEIGHTS_ONLY or self.weights_only:
+            return "bf16"
+        group = next((g for g in self.groups if _targets(g, module)), None)
+        if group is not None:
+            activations = group.get("input_activations")
+            return (
+                "nvfp4" if isinstance(activations, dict) and activations.get("num_bits", 4) == 4 else "bf16"
+            )
+        if self.algo is not None or self.weights_only is not None:
+            return "nvfp4"
+        return "nvfp4" if has_input_scale else "bf16"
+
+
+def read_claims(config: dict, quant_config: dict | None) -> Claims:
+    """config.json's quantization_config first; ModelOpt's old hf_quant_config.json fills what it leaves
+    open."""
+    inner = config.get("text_config")
+    said = config.get("quantization_config") or (inner or {}).get("quantization_config") or {}
+    legacy = (quant_config or {}).get("quantization") or {}
+    if not isinstance(said, dict) or not isinstance(legacy, dict):
+        raise CheckpointError("config: quantization_config must be an object")
+    method = said.get("quant_method") or ("modelopt" if legacy else None)
+    claims = Claims(method=str(method).lower() if method else None)
+    algo = said.get("moe_quant_algo") or said.get("quant_algo") or legacy.get("quant_algo")
+    claims.algo = str(algo).upper() if algo else None
+    claims.layers = _dict(said.get("quantized_layers") or legacy.get("quantized_layers"))
+    claims.groups = [g for g in _dict(said.get("config_groups")).values() if isinstance(g, dict)]
+    weights = [g.get("weights") for g in claims.groups if isinstance(g.get("weights"), dict)]
+    sizes = [w["group_size"] for w in weights if w.get("group_size")]
+    claims.group_size = said.get("group_size") or legacy.get("group_size") or (sizes[0] if sizes else None)
+    excluded = said.get("ignore") or said.get("modules_to_not_convert") or said.get("exclude")
+    claims.excluded = tuple(_names(excluded or legacy.get("exclude_modules")))
+    if claims.method == "modelopt" and claims.groups:
+        claims.weights_only = all(not g.get("input_activations") for g in claims.groups) or None
+    if claims.method == "mxfp4" or (claims.method == "fp8" and not said.get("moe_quant_algo")):
+        claims.weights_only = True  # gpt-oss computes in BF16, DeepSeek-V4 in FP8
+    if claims.method == "quark":
+        activations = _dict(said.get("global_quant_config")).get("input_tensors")
+        claims.weights_only = not activations
+    return claims
+
+
+def matches(entry: str, module: str) -> bool:
+    """Exact, a glob, `re:` and a pattern, or a whole run of the name's parts (vLLM and SGLang both do
+    that)."""
+    if entry.startswith("re:"):
+        try:
+            return re.match(entry[3:], module) is not None
+        except re.error:
+            return False
+    return fnmatchcase(module, entry) or f".{entry}." in f".{module}."
+
+
+def _targets(group: dict, module: str) -> bool:
+    # a target is a class (Linear), a name or a pattern; a class fits every quantized module
+    return any(t[:1].isupper() or matches(t, module) for t in _names(group.get("targets")))
+
+
+def _ancestors(module: str) -> Iterable[str]:
+    parts = module.split(".")
+    return (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+
+
+def _names(value) -> list[str]:
+    return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
+
+
+def _dict(value) -> dict:
+    return value if isinstance(value, dict) else {}

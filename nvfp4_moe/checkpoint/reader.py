@@ -1,0 +1,203 @@
+"""Checkpoint: the quantized modules of a directory, one at a time, in the library's own convention."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from ..tensor import Mxfp4Tensor, Nvfp4Tensor
+from .claims import METHODS, read_claims
+from .dialects import NVFP4, Module, find_modules, refusal
+from .header import CheckpointError
+from .moe import MoeWeights, assemble, find_moe_layers
+from .shards import Shards
+
+
+@dataclass(frozen=True)
+class Format:
+    name: str  # modelopt-nvfp4, compressed-tensors-mxfp4, ..; unquantized
+
+    @property
+    def kind(self) -> str:
+        return "mxfp4" if self.name.endswith(("mxfp4", "fp4")) and "nvfp4" not in self.name else "nvfp4"
+
+
+def open_checkpoint(path, strict: bool = True) -> "Checkpoint":
+    """Read every header under `path` and say what is there; no weight is touched.
+
+    strict: an incomplete or contradictory module is an error. Otherwise it is left out and listed in
+    `errors`."""
+    checkpoint = Checkpoint(Shards(path))
+    if strict and checkpoint.errors:
+        more = f" (and {len(checkpoint.errors) - 1} more)" if len(checkpoint.errors) > 1 else ""
+        raise CheckpointError(f"{path}: {checkpoint.errors[0]}{more}")
+    return checkpoint
+
+
+class Checkpoint:
+    """weight(name) and moe(prefix) are the two ways in; `modules` says what there is."""
+
+    def __init__(self, shards: Shards):
+        self.shards = shards
+        self.errors: list[str] = []
+        self.warnings = list(shards.warnings)
+        why = refusal(shards.tensors, shards.metadata)
+        if why:
+            raise CheckpointError(f"{shards.path}: {why}")
+        self.claims = read_claims(shards.config, shards.quant_config)
+        found = find_modules(shards.tensors, self.errors)
+        for name, module in found.items():
+            compute = self.claims.compute(name, module.kind, "input_scale" in module.tensors)
+            found[name] = replace(module, compute=compute)
+        self.modules: Mapping[str, Module] = MappingProxyType(found)
+        self.format = Format(self._format_name())
+        self._find_orphans()
+        self._compare_with_config()
+
+    def weight(self, name: str, check: bool = True) -> Nvfp4Tensor | Mxfp4Tensor:
+        """The weight [.., N, K] of a module. check: scales that make no sense (NaN, negative, Inf) are an
+        error that names the tensor."""
+        module = self._module(name)
+        packed = self._codes(module)
+        if module.kind == NVFP4:
+            sf = self._scales(module, "sf").view(torch.float8_e4m3fn)
+            weight = Nvfp4Tensor(packed, sf, self._multiplier(module, "alpha"))
+        else:
+            weight = Mxfp4Tensor(packed, self._scales(module, "e8m0"))
+        if check:
+            self._check(module, weight)
+        return weight
+
+    def bias(self, name: str) -> Tensor | None:
+        role = self._module(name).tensors.get("bias")
+        return None if role is None else self.shards[role]
+
+    def input_scale(self, name: str) -> Tensor | None:
+        """amax / 2688 of the calibration's activations, a multiplier; [] or one for each expert."""
+        module = self._module(name)
+        return self._multiplier(module, "input_scale") if "input_scale" in module.tensors else None
+
+    def interleaves_gate_up(self, name: str) -> bool:
+        """gpt-oss: gate is rows 0::2 and up rows 1::2. Nobody can tell from the numbers; the model's name
+        tells."""
+        module = self._module(name)
+        oss = module.dialect.name == "gpt-oss-mxfp4" or self.shards.config.get("model_type") == "gpt_oss"
+        return oss and name.endswith(("gate_up_proj", "mlp1_weight"))
+
+    def plain(self) -> Iterable[str]:
+        """Tensors that belong to no quantized module."""
+        return (name for name in self.shards if name not in self._owned)
+
+    def moe_layers(self) -> Iterable[str]:
+        return iter(self._moe_layers)
+
+    def moe(self, prefix: str, experts: range | None = None) -> MoeWeights:
+        """One MoE block, stacked over its experts (or over `experts` of them)."""
+        if prefix not in self._moe_layers:
+            known = ", ".join(list(self._moe_layers)[:3])
+            raise CheckpointError(f"{self.shards.path}: no MoE block {prefix!r}; there are {known}, ..")
+        return assemble(self, prefix, self._moe_layers[prefix], experts)
+
+    @cached_property
+    def _moe_layers(self):
+        return find_moe_layers(self.modules)
+
+    @cached_property
+    def _owned(self) -> set[str]:
+        return {tensor for module in self.modules.values() for tensor in module.tensors.values()}
+
+    def _module(self, name: str) -> Module:
+        if name not in self.modules:
+            raise CheckpointError(f"{self.shards.path}: no quantized module {name!r}")
+        return self.modules[name]
+
+    def _lead(self, module: Module) -> tuple[int, ...]:
+        return () if module.experts is None else (module.experts,)
+
+    def _codes(self, module: Module) -> Tensor:
+        packed = self.shards[module.tensors["packed"]].view(torch.uint8)
+        if module.dialect.layout == "columns":
+            packed = packed.transpose(1, 2).contiguous()
+        return packed.reshape(*self._lead(module), module.shape[0], module.shape[1] // 2)
+
+    def _scales(self, module: Module, role: str) -> Tensor:
+        # as bytes: torch converts the value of a float8_e8m0fnu, and we want its exponent
+        scales = self.shards[module.tensors[role]].view(torch.uint8)
+        if module.dialect.layout == "columns":
+            scales = scales.transpose(1, 2).contiguous()
+        group = 16 if module.kind == NVFP4 else 32
+        return scales.reshape(*self._lead(module), module.shape[0], module.shape[1] // group)
+
+    def _multiplier(self, module: Module, role: str) -> Tensor:
+        """float32 [], [E] or [E, 2] (gate rows, up rows)."""
+        value = self.shards[module.tensors[role]].float().flatten()
+        value = value.reciprocal() if module.dialect.inverse else value
+        lead = self._lead(module)
+        if value.numel() == 1:
+            return value.reshape(()).expand(lead).clone()
+        return value.reshape(*lead, -1).squeeze(-1).clone()
+
+    def _check(self, module: Module, weight: Nvfp4Tensor | Mxfp4Tensor) -> None:
+        if module.kind == NVFP4:
+            wrong = weight.sf.view(torch.uint8) >= 0x7F
+            what, role = "a NaN or negative block scale", "sf"
+            if not (weight.alpha.isfinite() & (weight.alpha >= 0)).all():
+                got = weight.alpha.flatten()[:8].tolist()
+                raise CheckpointError(f"{module.tensors['alpha']}: must be finite and positive, got {got}")
+        else:
+            wrong = weight.e8m0 == 0xFF
+            what, role = "a NaN block scale (0xFF)", "e8m0"
+            if wrong.any():  # on a block of zeros it says nothing
+                wrong &= (weight.packed.unflatten(-1, (-1, 16)) & 0x77).any(-1)
+        if wrong.any():
+            at = wrong.nonzero()[0].tolist()
+            raise CheckpointError(
+                f"{module.tensors[role]}: {what} at {at}, {int(wrong.sum())} of {wrong.numel()}"
+            )
+
+    def _format_name(self) -> str:
+        names = Counter(m.dialect.name for m in self.modules.values())
+        if not names:
+            return "unquantized"
+        name = names.most_common(1)[0][0]
+        if self.claims.method == "quark":
+            return name.replace("modelopt-nvfp4", "quark-nvfp4")
+        # DeepSeek-V4's export keeps FP8 weights with `.scale` beside ModelOpt's names
+        fp8 = any(i.dtype == "F8_E8M0" and n.endswith(".scale") for n, i in self.shards.tensors.items())
+        v4 = self.claims.method == "fp8" or fp8 or "deepseek_v4" in str(self.shards.config.get("model_type"))
+        return "deepseek-v4-nvfp4" if name == "modelopt-nvfp4" and v4 else name
+
+    def _find_orphans(self) -> None:
+        """Codes without scales and scales without codes: an index-driven reader would have loaded garbage."""
+        named = {error.split(":")[0] for error in self.errors}
+        for name, info in self.shards.tensors.items():
+            codes = info.dtype == "U8" and name.endswith((".weight", ".weight_packed", "_blocks", ".blocks"))
+            scales = name.endswith((".weight_scale", "_weight_scale")) and info.dtype == "F8_E4M3"
+            scales |= name.endswith((".weight_scale_2", ".weight_global_scale"))
+            if not (codes or scales) or name in self._owned or any(name.startswith(n) for n in named):
+                continue
+            what = "packed codes without block scales" if codes else "a scale without packed codes"
+            self.errors.append(f"{name}: {what} ({info.dtype} {list(info.shape)})")
+
+    def _compare_with_config(self) -> None:
+        method, name = self.claims.method, self.format.name
+        if method in METHODS and self.modules and name not in METHODS[method]:
+            self.warnings.append(
+                f"config says quant_method {method}, the tensors are {name}: they are believed"
+            )
+        if self.modules and method is None:
+            self.warnings.append("no config says how this checkpoint is quantized: the tensors do")
+        if not self.modules and method in ("modelopt", "compressed-tensors", "mxfp4", "quark"):
+            self.warnings.append(f"config says quant_method {method}, no FP4 weights were found")
+        group = self.claims.group_size
+        wanted = {16 if m.kind == NVFP4 else 32 for m in self.modules.values()}
+        if group is not None and wanted and group not in wanted:
+            self.warnings.append(f"config says group_size {group}, the tensors say {min(wanted)}")
+        odd = [(m, e) for m in self.modules if (e := self.claims.excludes(m))]
+        if odd:
+            more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+            self.warnings.append(f"{odd[0][0]}{more}: quantized, though config excludes it ({odd[0][1]})")

@@ -1,0 +1,82 @@
+"""One weight in each format's tensors: put_*(t, name, w) adds them to `t` and returns the value, float32."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_moe import formats, reference
+
+
+def random_weight(*shape: int, size: float = 0.02) -> Tensor:
+    return (torch.randn(shape) * size).bfloat16()
+
+
+def nvfp4(w: Tensor, amax: Tensor | None = None):
+    """w [N, K] -> packed, sf, alpha [], value."""
+    scale = reference.tensor_scale(w) if amax is None else amax.float() / 2688
+    packed, sf = reference.quantize(w, scale)
+    return packed, sf, scale, reference.dequantize(packed, sf, scale, torch.float32)
+
+
+def mxfp4(w: Tensor):
+    """w [.., K] -> packed, e8m0 uint8, value; exponents rounded up, as DeepSeek's quantizer does."""
+    blocks = w.float().unflatten(-1, (-1, 32))
+    k = torch.ceil(torch.log2(blocks.abs().amax(-1).clamp(min=6 * 2.0**-126) / 6)).int()
+    codes = formats.e2m1_encode(blocks * torch.exp2(-k.float())[..., None])
+    value = formats.e2m1_decode(codes) * torch.exp2(k.float())[..., None]
+    return formats.pack(codes.flatten(-2)), (k + 127).to(torch.uint8), value.flatten(-2)
+
+
+def fp8_128(w: Tensor):
+    """w [N, K] -> float8_e4m3fn, scales float8_e8m0fnu for blocks of 128 x 128."""
+    scale = torch.full((-(-w.shape[0] // 128), -(-w.shape[1] // 128)), 127 - 12, dtype=torch.uint8)
+    return (w.float() * 2.0**12).clamp(-448, 448).to(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu)
+
+
+INPUT_SCALE = 3.0 / 2688
+
+
+def put_modelopt(t: dict, name: str, w: Tensor, amax=None, inputs: float | None = INPUT_SCALE) -> Tensor:
+    packed, sf, alpha, value = nvfp4(w, amax)
+    t |= {f"{name}.weight": packed, f"{name}.weight_scale": sf, f"{name}.weight_scale_2": alpha}
+    if inputs is not None:
+        t[f"{name}.input_scale"] = torch.tensor(inputs)
+    return value
+
+
+def put_ct_nvfp4(t: dict, name: str, w: Tensor, amax=None, inputs: float | None = INPUT_SCALE) -> Tensor:
+    divisor = (2688 / (w.float().abs().amax() if amax is None else amax.float())).float()
+    packed, sf, _, _ = nvfp4(w, 2688 / divisor)
+    t |= {f"{name}.weight_packed": packed, f"{name}.weight_scale": sf}
+    t[f"{name}.weight_global_scale"] = divisor.reshape(1)
+    if inputs is not None:
+        t[f"{name}.input_global_scale"] = torch.tensor([1 / inputs])
+    return reference.dequantize(packed, sf, divisor.reciprocal(), torch.float32)
+
+
+def put_ct_mxfp4(t: dict, name: str, w: Tensor, amax=None) -> Tensor:
+    packed, e8m0, value = mxfp4(w)
+    t |= {f"{name}.weight_packed": packed, f"{name}.weight_scale": e8m0}
+    return value
+
+
+def put_deepseek(t: dict, name: str, w: Tensor, amax=None) -> Tensor:
+    packed, e8m0, value = mxfp4(w)
+    t |= {f"{name}.weight": packed.view(torch.int8), f"{name}.scale": e8m0.view(torch.float8_e8m0fnu)}
+    return value
+
+
+def put_quark_mxfp4(t: dict, name: str, w: Tensor, amax=None) -> Tensor:
+    packed, e8m0, value = mxfp4(w)
+    t |= {f"{name}.weight": packed, f"{name}.weight_scale": e8m0}
+    return value
+
+
+def put_quark_nvfp4(t: dict, name: str, w: Tensor, amax=None) -> Tensor:
+    value = put_modelopt(t, name, w, amax, None)
+    t[f"{name}.input_scale_2"] = torch.tensor(INPUT_SCALE)
+    return value
+
+
+def put_bf16(t: dict, name: str, w: Tensor, amax=None) -> Tensor:
+    t[f"{name}.weight"] = w
+    return w.float()
