@@ -87,6 +87,11 @@ class Shards(Mapping):
         with self._lock:
             self._maps.clear()
 
+    def place(self, name: str) -> tuple[str, int]:
+        """Sorts tensors as they lie on the disk."""
+        info = self._info(name)
+        return info.file.name, info.begin
+
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: no tensor {name!r}")
@@ -119,7 +124,7 @@ class Shards(Mapping):
 
     def _find_files(self) -> tuple[Path, ...]:
         names = sorted(p for p in self.path.iterdir() if not p.name.startswith("."))
-        files = tuple(self._inside(p) for p in names if p.suffix == ".safetensors")
+        files = tuple(self.inside(p) for p in names if p.suffix == ".safetensors")
         pickles = [p.name for p in names if p.suffix in PICKLES and p.name != "training_args.bin"]
         if not files and pickles:
             raise CheckpointError(
@@ -144,7 +149,7 @@ class Shards(Mapping):
                 )
         return files
 
-    def _inside(self, path: Path) -> Path:
+    def inside(self, path: Path) -> Path:
         """`path` if it is in the directory, following links only within it or within the hub's cache."""
         if path.is_symlink():
             home, target = self.path.resolve(), path.resolve()
@@ -159,7 +164,7 @@ class Shards(Mapping):
         path = self.path / name
         if not path.is_file():
             return None
-        with open(self._inside(path), "rb") as file:
+        with open(self.inside(path), "rb") as file:
             text = file.read(MAX_JSON + 1)
         if len(text) > MAX_JSON:
             raise CheckpointError(f"{path}: more than {MAX_JSON} bytes")
