@@ -80,3 +80,54 @@ def put_quark_nvfp4(t: dict, name: str, w: Tensor, amax=None) -> Tensor:
 def put_bf16(t: dict, name: str, w: Tensor, amax=None) -> Tensor:
     t[f"{name}.weight"] = w
     return w.float()
+
+
+def put_modelopt_w4a16(t: dict, name: str, w: Tensor, amax=None) -> Tensor:
+    return put_modelopt(t, name, w, amax, None)
+
+
+def put_modelopt_awq(t: dict, name: str, w: Tensor, amax=None) -> Tensor:
+    t[f"{name}.pre_quant_scale"] = (1 + torch.rand(w.shape[1])).bfloat16()
+    return put_modelopt(t, name, w, amax)
+
+
+def put_modelopt_fp8(t: dict, name: str, w: Tensor, amax=None) -> None:
+    """One scale for the tensor, as MIXED_PRECISION keeps attention."""
+    scale = w.float().abs().amax() / 448
+    t |= {f"{name}.weight": (w.float() / scale).to(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
+    t[f"{name}.input_scale"] = torch.tensor(0.01)
+
+
+def put_modelopt_stacked(t: dict, name: str, w: Tensor) -> Tensor:
+    """[E, N, K] stored [E, K/2, N], one scale for all experts."""
+    amax = w.float().abs().amax()
+    parts = [nvfp4(one, amax) for one in w]
+    packed, sf = (torch.stack([p[i].view(torch.uint8) for p in parts]).transpose(1, 2) for i in (0, 1))
+    t |= {name: packed.contiguous(), f"{name}_weight_scale": sf.contiguous().view(torch.float8_e4m3fn)}
+    t |= {f"{name}_weight_scale_2": parts[0][2], f"{name}_input_scale": torch.tensor(INPUT_SCALE)}
+    t[f"{name}_bias"] = random_weight(*w.shape[:2])
+    return torch.stack([p[3] for p in parts])
+
+
+def put_modelopt_stacked_no_bias(t: dict, name: str, w: Tensor) -> Tensor:
+    value = put_modelopt_stacked(t, name, w)
+    del t[f"{name}_bias"]
+    return value
+
+
+def put_gpt_oss(t: dict, name: str, w: Tensor) -> Tensor:
+    packed, e8m0, value = mxfp4(w)
+    t |= {f"{name}_blocks": packed.unflatten(-1, (-1, 16)), f"{name}_scales": e8m0}
+    t[f"{name}_bias"] = random_weight(*w.shape[:2])
+    return value
+
+
+def put_gpt_oss_original(t: dict, name: str, w: Tensor) -> Tensor:
+    packed, e8m0, value = mxfp4(w)
+    t |= {f"{name}.blocks": packed.unflatten(-1, (-1, 16)), f"{name}.scales": e8m0}
+    t[f"{name.removesuffix('weight')}bias"] = random_weight(*w.shape[:2])
+    return value
+
+
+def put_ct_nvfp4a16(t: dict, name: str, w: Tensor, amax=None) -> Tensor:
+    return put_ct_nvfp4(t, name, w, amax, None)

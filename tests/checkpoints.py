@@ -10,9 +10,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import checkpoint_models as models
+import checkpoint_weights as weights
 import torch
-from checkpoint_models import deepseek_v4, gpt_oss, qwen3_moe
-from checkpoint_weights import put_bf16, put_deepseek, put_modelopt
+from checkpoint_models import LAYERS
 from torch import Tensor
 
 DTYPES = {
@@ -72,55 +73,168 @@ def write_directory(
     (path / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def modelopt_config(
-    config: dict, algo="NVFP4", ignore=("lm_head", "*self_attn*", "*mlp.gate"), **more
+CT_FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True}
+CT = {
+    "nvfp4-pack-quantized": (
+        CT_FLOAT4 | {"group_size": 16, "strategy": "tensor_group", "dynamic": False},
+        CT_FLOAT4 | {"group_size": 16, "strategy": "tensor_group", "dynamic": "local"},
+    ),
+    "mxfp4-pack-quantized": (
+        CT_FLOAT4 | {"group_size": 32, "strategy": "group", "dynamic": False, "scale_dtype": "torch.uint8"},
+        CT_FLOAT4 | {"group_size": 32, "strategy": "group", "dynamic": True, "scale_dtype": "torch.uint8"},
+    ),
+}
+
+
+def ct_config(
+    form: str, inputs: bool = True, ignore=("lm_head", "re:.*self_attn.*", "re:.*mlp.gate$")
 ) -> dict:
+    weights, activations = CT[form]
+    group = {"targets": ["Linear"], "format": form, "weights": weights, "output_activations": None}
+    group["input_activations"] = activations if inputs else None
+    return {
+        "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": list(ignore), "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }  # fmt: skip
+
+
+EXCLUDED = ("lm_head", "*self_attn*", "*mlp.gate")
+
+
+def modelopt_config(algo="NVFP4", ignore=EXCLUDED, **more) -> dict:
     scheme = {"num_bits": 4, "type": "float", "group_size": 16, "dynamic": False}
     inputs = None if algo == "W4A16_NVFP4" else scheme
     group = {"weights": scheme, "input_activations": inputs, "targets": ["Linear"]}
-    quantization = {
+    return {
         "quant_method": "modelopt", "quant_algo": algo, "config_groups": {"group_0": group},
         "ignore": list(ignore), "producer": {"name": "modelopt", "version": "0.47.0"}, **more,
     }  # fmt: skip
-    return config | {"quantization_config": quantization}
 
 
-def write_hf_quant_config(path: Path, algo="NVFP4", excluded=()) -> None:
+def write_hf_quant_config(path: Path, algo="NVFP4", excluded=EXCLUDED, **more) -> None:
     quantization = {
         "quant_algo": algo, "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": list(excluded),
-    }  # fmt: skip
+    } | more  # fmt: skip
     text = json.dumps({"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": quantization})
     (path / "hf_quant_config.json").write_text(text)
 
 
-def _modelopt(path, **options):
-    t, config, values, moe = qwen3_moe(put_modelopt, **options)
-    return t, modelopt_config(config), values, moe
+FP8 = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}  # fmt: skip
+ONE_LAYER = {"quant_algo": "NVFP4", "group_size": 16}
+MIXED = {f"model.layers.{i}.mlp.experts": ONE_LAYER for i in range(1, LAYERS)}
+MIXED |= {f"model.layers.{i}.mlp.shared_experts": ONE_LAYER for i in range(1, LAYERS)}
+V4_NVFP4 = FP8 | {
+    "moe_quant_algo": "NVFP4", "quant_algo": "MIXED_PRECISION", "group_size": 16,
+    "quantized_layers": {f"layers.{i}.ffn.experts": ONE_LAYER for i in range(LAYERS)},
+    "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
+}  # fmt: skip
+OSS_KEPT = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+OSS = {"quant_method": "mxfp4", "modules_to_not_convert": OSS_KEPT}
+QUARK = {
+    "quant_method": "quark", "exclude": ["lm_head", "*self_attn*", "*mlp.gate"],
+    "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32}, "input_tensors": {"dtype": "fp4"}},
+}  # fmt: skip
+STACKED = ("{b}.experts.gate_up_proj", "{b}.experts.down_proj")
+ORIGINAL = ("{b}.mlp1_weight", "{b}.mlp2_weight")
+
+W4A16 = modelopt_config("W4A16_NVFP4")
+MIXED_PRECISION = modelopt_config("MIXED_PRECISION", quantized_layers=MIXED)
+CT_NVFP4, CT_NVFP4A16 = ct_config("nvfp4-pack-quantized"), ct_config("nvfp4-pack-quantized", False)
+CT_MXFP4, CT_MXFP4A16 = ct_config("mxfp4-pack-quantized"), ct_config("mxfp4-pack-quantized", False)
+
+# form -> model, how an expert's weight is stored, quantization_config
+FORMS = {
+    "modelopt": (models.QWEN3_MOE, weights.put_modelopt, modelopt_config()),
+    "modelopt-w4a16": (models.QWEN3_MOE, weights.put_modelopt_w4a16, W4A16),
+    "modelopt-mixed": (models.DEEPSEEK_V3, weights.put_modelopt, MIXED_PRECISION),
+    "modelopt-awq": (models.QWEN3, weights.put_modelopt_awq, modelopt_config("NVFP4_AWQ")),
+    "modelopt-minimax": (models.MINIMAX_M2, weights.put_modelopt, modelopt_config()),
+    "modelopt-nemotron": (models.NEMOTRON_H, weights.put_modelopt, modelopt_config()),
+    "modelopt-llama4": (models.LLAMA4, weights.put_modelopt_stacked_no_bias, modelopt_config()),
+    "modelopt-gpt-oss": (models.GPT_OSS, weights.put_modelopt_stacked, modelopt_config()),
+    "compressed-tensors-nvfp4": (models.QWEN3_MOE, weights.put_ct_nvfp4, CT_NVFP4),
+    "compressed-tensors-nvfp4a16": (models.QWEN3_MOE, weights.put_ct_nvfp4a16, CT_NVFP4A16),
+    "compressed-tensors-mxfp4": (models.QWEN3_MOE, weights.put_ct_mxfp4, CT_MXFP4),
+    "kimi-k3": (models.MINIMAX_M2, weights.put_ct_mxfp4, CT_MXFP4A16),
+    "gpt-oss": (models.GPT_OSS, weights.put_gpt_oss, OSS),
+    "gpt-oss-original": (models.GPT_OSS_ORIGINAL, weights.put_gpt_oss_original, None),
+    "deepseek-v4": (models.DEEPSEEK_V4, weights.put_deepseek, FP8),
+    "deepseek-v4-nvfp4": (models.DEEPSEEK_V4, weights.put_modelopt, V4_NVFP4),
+    "deepseek-v4-nvfp4-hf": (models.DEEPSEEK_V3, weights.put_modelopt, V4_NVFP4),
+    "quark-mxfp4": (models.QWEN3_MOE, weights.put_quark_mxfp4, QUARK),
+    "quark-nvfp4": (models.QWEN3_MOE, weights.put_quark_nvfp4, QUARK),
+    "bf16": (models.QWEN3_MOE, weights.put_bf16, None),
+}
 
 
-def _deepseek_v4(path, **options):
-    return deepseek_v4(put_deepseek, **options)
-
-
-def _gpt_oss(path, **options):
-    return gpt_oss(**options)
-
-
-def _bf16(path, **options):
-    return qwen3_moe(put_bf16, **options)
-
-
-MAKERS = {"modelopt": _modelopt, "deepseek-v4": _deepseek_v4, "gpt-oss": _gpt_oss, "bf16": _bf16}
-
-
-def make(path, form: str, shards: int = 1, seed: int = 0, index: bool = True, **options) -> Truth:
-    """options: mismatched (gate and up with their own scales), sizes (H, I, E), layers."""
-    path = Path(path)
+def make(
+    path,
+    form: str,
+    shards=1,
+    seed=0,
+    index=True,
+    mismatched=False,
+    sizes=(models.H, models.I, models.E),
+    layers=LAYERS,
+) -> Truth:
+    """mismatched: gate and up have their own scales; sizes: hidden, intermediate, experts."""
+    path, (model, put, quantization) = Path(path), FORMS[form]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tensors, config, values, moe = MAKERS[form](path, **options)
-    write_directory(path, tensors, config, shards, index)
+        t, values, blocks = models.rest_of(model, sizes, layers), {}, models.blocks_of(model, layers)
+        for block in blocks:
+            if form in ("gpt-oss", "gpt-oss-original", "modelopt-llama4", "modelopt-gpt-oss"):
+                names = tuple(
+                    n.format(b=block) for n in (ORIGINAL if form == "gpt-oss-original" else STACKED)
+                )
+                models.put_stacked(t, values, put, names, "oss" in form, sizes)
+            else:
+                way = weights.put_deepseek if block.startswith("mtp") else put
+                models.put_experts(t, values, block, way, model.parts, mismatched, sizes)
+        _quantize_more(t, values, form)
+    config = models.config_of(model, sizes, layers) if model.config else {}
+    config |= {"expert_dtype": "fp4"} if form == "deepseek-v4" else {}
+    if form == "deepseek-v4-nvfp4-hf":
+        config["model_type"] = "deepseek_v4"
+    if form == "kimi-k3":
+        t, values, blocks = _prefixed("language_model.", t, values, blocks)
+        config = {"model_type": "kimi_k3", "text_config": config}
+    if quantization:
+        config["quantization_config"] = quantization
+    write_directory(path, t, config, shards, index)
     if form.startswith("modelopt"):
-        quantization = config["quantization_config"]
-        write_hf_quant_config(path, quantization["quant_algo"], quantization["ignore"])
-    return Truth(path, tensors, config, values, moe)
+        layers = {k: quantization[k] for k in ("quantized_layers",) if k in quantization}
+        write_hf_quant_config(path, quantization["quant_algo"], quantization["ignore"], **layers)
+    return Truth(path, t, config, values, blocks)
+
+
+def _quantize_more(t: dict, values: dict, form: str) -> None:
+    """Linears beside the routed experts that some exports quantize too."""
+    put = {
+        "modelopt-awq": [("_proj", ".mlp.", weights.put_modelopt_awq)],
+        "modelopt-mixed": [
+            ("_proj", ".shared_experts.", weights.put_modelopt),
+            ("o_proj", "", weights.put_modelopt_fp8),
+        ],
+        "deepseek-v4-nvfp4-hf": [("_proj", ".self_attn.", weights.put_modelopt)],
+    }.get(form, [])
+    for suffix, within, way in put:
+        for name in [
+            n for n in t if n.endswith(f"{suffix}.weight") and within in n and t[n].dtype == torch.bfloat16
+        ]:
+            module = name.removesuffix(".weight")
+            value = way(t, module, t.pop(name))
+            if value is not None:
+                values[module] = value
+
+
+def _prefixed(prefix: str, t: dict, values: dict, blocks: list[str]):
+    return (
+        {prefix + k: v for k, v in t.items()},
+        {prefix + k: v for k, v in values.items()},
+        [prefix + b for b in blocks],
+    )

@@ -37,6 +37,8 @@ class Claims:
 
     def compute(self, module: str, kind: str, has_input_scale: bool) -> str:
         """nvfp4 | bf16 for one module, from the narrowest claim there is."""
+        if self.method == "fp8" and kind == "mxfp4":
+            return "bf16"  # DeepSeek-V4's own experts: FP8 activations, which BF16 holds
         layer = next((self.layers[name] for name in _ancestors(module) if name in self.layers), None)
         if layer is not None and layer.get("quant_algo"):
             return "bf16" if str(layer["quant_algo"]).upper() in WEIGHTS_ONLY else "nvfp4"

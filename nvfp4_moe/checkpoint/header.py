@@ -96,15 +96,18 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path}: not a regular file")
         start = file.read(24)
-        for magic, what in MAGICS.items():
-            if start.startswith(magic):
-                raise CheckpointError(f"{path}: not a safetensors file but {what}")
         length = int.from_bytes(start[:8], "little")
         if status.st_size < 8 or length > min(MAX_HEADER, status.st_size - 8):
-            raise CheckpointError(
-                f"{path}: header of {length} bytes announced, the file has {status.st_size} bytes"
-                f" and the limit is {MAX_HEADER}: truncated, or not a safetensors file"
+            magic = next((m for m in MAGICS if start.startswith(m)), None)
+            what = (
+                f"not a safetensors file but {MAGICS[magic]}"
+                if magic
+                else (
+                    f"truncated, or not a safetensors file: it announces a header of {length} bytes"
+                    f" (at most {MAX_HEADER}) and has {status.st_size} bytes"
+                )
             )
+            raise CheckpointError(f"{path}: {what}")
         file.seek(8)
         text = file.read(length)
     return parse_header(path, text, 8 + length, status.st_size)

@@ -32,6 +32,7 @@ class MoeWeights:
     router: Tensor | None = None  # [all experts, H]
     router_bias: Tensor | None = None
     selection_bias: Tensor | None = None
+    expert_of_token: Tensor | None = None  # [vocabulary, k]: DeepSeek-V4's first layers look experts up
     first_expert: int = 0
 
     @property
@@ -96,7 +97,7 @@ def assemble(checkpoint, prefix: str, parts: dict, experts: range | None) -> Moe
     fields = stack(checkpoint, prefix, parts, experts)
     return MoeWeights(
         compute=modules[0].compute, first_expert=experts.start if experts else 0,
-        **fields, **_router(checkpoint.shards, prefix),
+        **fields, **_router(checkpoint.shards, prefix, modules[0].dialect.name == "gpt-oss-mxfp4"),
     )  # fmt: skip
 
 
@@ -157,15 +158,17 @@ def _stacked(checkpoint, prefix: str, parts: dict, experts: range | None) -> dic
     return {"w13": gate_up, "w2": down, "gated": True, "w13_bias": w13_bias, "w2_bias": w2_bias}
 
 
-def _router(shards, prefix: str) -> dict:
+def _router(shards, prefix: str, oss: bool) -> dict:
     def first(*names: str) -> Tensor | None:
         return next((shards[f"{prefix}.{n}"] for n in names if f"{prefix}.{n}" in shards), None)
 
-    bias, selection = first("router.bias"), first(*SELECTION)
-    if selection is None:
-        selection = first("gate.bias")  # DeepSeek-V4's name of it
-    weight = first(*(f"{r}.weight" for r in ROUTERS))
-    return {"router": weight, "router_bias": bias, "selection_bias": selection}
+    # gate.bias: in OpenAI's own names a bias of the logits, in DeepSeek-V4 one of the selection
+    return {
+        "router": first(*(f"{r}.weight" for r in ROUTERS)),
+        "router_bias": first("router.bias", *["gate.bias"] * oss),
+        "selection_bias": first(*SELECTION, *["gate.bias"] * (not oss)),
+        "expert_of_token": first("gate.tid2eid"),
+    }
 
 
 def _map(w, rows, alpha=lambda a: a):

@@ -19,11 +19,8 @@ from .shards import Shards
 
 @dataclass(frozen=True)
 class Format:
-    name: str  # modelopt-nvfp4, compressed-tensors-mxfp4, ..; unquantized
-
-    @property
-    def kind(self) -> str:
-        return "mxfp4" if self.name.endswith(("mxfp4", "fp4")) and "nvfp4" not in self.name else "nvfp4"
+    name: str  # a dialect's, quark-nvfp4, deepseek-v4-nvfp4 or unquantized
+    kind: str | None  # nvfp4 | mxfp4, of most modules
 
 
 def open_checkpoint(path, strict: bool = True) -> "Checkpoint":
@@ -54,7 +51,7 @@ class Checkpoint:
             compute = self.claims.compute(name, module.kind, "input_scale" in module.tensors)
             found[name] = replace(module, compute=compute)
         self.modules: Mapping[str, Module] = MappingProxyType(found)
-        self.format = Format(self._format_name())
+        self.format = self._format()
         self._find_orphans()
         self._compare_with_config()
 
@@ -159,17 +156,19 @@ class Checkpoint:
                 f"{module.tensors[role]}: {what} at {at}, {int(wrong.sum())} of {wrong.numel()}"
             )
 
-    def _format_name(self) -> str:
-        names = Counter(m.dialect.name for m in self.modules.values())
-        if not names:
-            return "unquantized"
-        name = names.most_common(1)[0][0]
+    def _format(self) -> Format:
+        counts = Counter((m.dialect.name, m.kind) for m in self.modules.values())
+        if not counts:
+            return Format("unquantized", None)
+        name, kind = counts.most_common(1)[0][0]
+        if name != "modelopt-nvfp4":
+            return Format(name, kind)
         if self.claims.method == "quark":
-            return name.replace("modelopt-nvfp4", "quark-nvfp4")
+            return Format("quark-nvfp4", kind)
         # DeepSeek-V4's export keeps FP8 weights with `.scale` beside ModelOpt's names
         fp8 = any(i.dtype == "F8_E8M0" and n.endswith(".scale") for n, i in self.shards.tensors.items())
         v4 = self.claims.method == "fp8" or fp8 or "deepseek_v4" in str(self.shards.config.get("model_type"))
-        return "deepseek-v4-nvfp4" if name == "modelopt-nvfp4" and v4 else name
+        return Format("deepseek-v4-nvfp4" if v4 else name, kind)
 
     def _find_orphans(self) -> None:
         """Codes without scales and scales without codes: an index-driven reader would have loaded garbage."""
@@ -197,7 +196,9 @@ class Checkpoint:
         wanted = {16 if m.kind == NVFP4 else 32 for m in self.modules.values()}
         if group is not None and wanted and group not in wanted:
             self.warnings.append(f"config says group_size {group}, the tensors say {min(wanted)}")
-        odd = [(m, e) for m in self.modules if (e := self.claims.excludes(m))]
+        # DeepSeek-V4's NVFP4 export excludes what stays MXFP4
+        asked = [n for n, m in self.modules.items() if method != "fp8" or m.kind == NVFP4]
+        odd = [(n, entry) for n in asked if (entry := self.claims.excludes(n))]
         if odd:
             more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
             self.warnings.append(f"{odd[0][0]}{more}: quantized, though config excludes it ({odd[0][1]})")
