@@ -83,14 +83,18 @@ class Module:
     compute: str  # nvfp4: activations are quantized too · bf16: weights only
     experts: int | None
     shape: tuple[int, int]  # (N, K)
-    tensors: Mapping[
-        str, str
-    ]  # role -> full name; packed, sf or e8m0, alpha, input_scale, bias, pre_quant_scale
-    dialect: Dialect = field(repr=False)
+    group: int  # values that share a block scale: 16 or 32; ModelOpt's NVFP4 may have 32, each scale standing
+    for two # role -> full name: packed, sf or e8m0, and where there: alpha, input_scale, bias,
+    pre_quant_scale tensors: Mapping[str, str] dialect: Dialect = field(repr=False)
 
 
-def find_modules(tensors: Mapping[str, TensorInfo], errors: list[str]) -> dict[str, Module]:
-    """Quantized modules by name (compute still open); what is wrong with a module goes to `errors`."""
+def find_modules(
+    tensors: Mapping[str, TensorInfo], errors: list[str], claimed_group: int | None = None
+) -> dict[str, Module]:
+    """Quantized modules by name (compute still open); what is wrong with a module goes to `errors`.
+
+    claimed_group: NVFP4's group_size by the config. 16 needs no claim; 32 (NVFP4_MLP_WEIGHT_ONLY_CFG of
+    ModelOpt) is believed if config and shapes agree on it, for codes with other scales could be anything."""
     modules = {}
     for name in tensors:
         for dialect in DIALECTS:
@@ -106,14 +110,14 @@ def find_modules(tensors: Mapping[str, TensorInfo], errors: list[str]) -> dict[s
             ):
                 continue
             try:
-                modules[base] = _module(base, dialect, tensors)
+                modules[base] = _module(base, dialect, tensors, claimed_group)
             except CheckpointError as error:
                 errors.append(str(error))
             break
     return modules
 
 
-def _module(base: str, dialect: Dialect, tensors: Mapping[str, TensorInfo]) -> Module:
+def _module(base: str, dialect: Dialect, tensors: Mapping[str, TensorInfo], claimed_group) -> Module:
     roles = {"packed": base + dialect.packed, "sf" if dialect.kind == NVFP4 else "e8m0": base + dialect.scale}
     if dialect.alpha:
         if base + dialect.alpha not in tensors:
@@ -127,40 +131,53 @@ def _module(base: str, dialect: Dialect, tensors: Mapping[str, TensorInfo]) -> M
             roles[role] = base + suffix
     if dialect.packed == ".blocks" and base.endswith("_weight") and base[:-6] + "bias" in tensors:
         roles["bias"] = base[:-6] + "bias"
-    experts, N, K = _sizes(base, dialect, tensors[roles["packed"]].shape, tensors[base + dialect.scale].shape)
+    packed, scale = tensors[roles["packed"]].shape, tensors[base + dialect.scale].shape
+    experts, N, K = _sizes(base, dialect, packed)
+    group = _group(base, dialect, packed, scale, experts, N, K, claimed_group)
     if dialect.alpha:
         _check_alpha(base, tensors[roles["alpha"]], experts)
-    return Module(base, dialect.kind, "", experts, (N, K), roles, dialect)
+    return Module(base, dialect.kind, "", experts, (N, K), group, roles, dialect)
 
 
-def _sizes(base: str, dialect: Dialect, packed: tuple[int, ...], scale: tuple[int, ...]):
-    """(experts or None, N, K), with the scales' shape held against the codes'."""
-    group, found = GROUP[dialect.kind], None
+def _sizes(base: str, dialect: Dialect, packed: tuple[int, ...]) -> tuple[int | None, int, int]:
+    """(experts or None, N, K)"""
+    found = None
     if dialect.layout == "columns" and len(packed) == 3:
-        experts, half, N = packed
-        found, wanted = (experts, N, 2 * half), (experts, 2 * half // group, N)
+        found = packed[0], packed[2], 2 * packed[1]
     elif dialect.layout == "blocks" and len(packed) == 4 and packed[3] == 16:
-        experts, N, blocks, _ = packed
-        found, wanted = (experts, N, 32 * blocks), (experts, N, blocks)
+        found = packed[0], packed[1], 32 * packed[2]
     elif dialect.layout == "rows" and len(packed) in (2, 3):
-        *lead, N, half = packed
-        found, wanted = (lead[0] if lead else None, N, 2 * half), (*lead, N, 2 * half // group)
-    if found is None or found[2] % group:
+        found = packed[0] if len(packed) == 3 else None, packed[-2], 2 * packed[-1]
+    if found is None or found[2] % GROUP[dialect.kind]:
         raise CheckpointError(f"{base}: packed codes of shape {list(packed)} are not {dialect.name}'s")
-    if tuple(d for d in scale if d != 1) != tuple(d for d in wanted if d != 1):
-        why = "interleaved or padded scales?" if _padded(scale, wanted) else ""
-        other = 32 if group == 16 else 16
-        if scale[-1:] and scale[-1] * other == found[2]:
-            why = f"one scale for {other} values belongs to {'MXFP4' if other == 32 else 'NVFP4'}"
-        raise CheckpointError(
-            f"{base}: block scales must have shape {list(wanted)} for codes {list(packed)},"
-            f" got {list(scale)}{'; ' + why if why else ''}"
-        )
     return found
 
 
-def _padded(scale, wanted) -> bool:
-    return len(scale) == len(wanted) and all(s >= w for s, w in zip(scale, wanted, strict=True))
+def _group(base: str, dialect: Dialect, packed, scale, experts, N: int, K: int, claimed_group) -> int:
+    """Values a scale stands for, if the scales' shape fits the codes'."""
+
+    def wanted(group: int) -> tuple[int, ...]:
+        lead = () if experts is None else (experts,)
+        return (*lead, K // group, N) if dialect.layout == "columns" else (*lead, N, K // group)
+
+    def fits(group: int) -> bool:
+        if K % group or dialect.layout == "columns":
+            return scale == wanted(group)
+        return [d for d in scale if d != 1] == [d for d in wanted(group) if d != 1]  # [1, N, S] occurs
+
+    usual = GROUP[dialect.kind]
+    if fits(usual):
+        return usual
+    if dialect.kind == NVFP4 and claimed_group == 32 and fits(32):
+        return 32
+    why, other = "", 48 - usual
+    if len(scale) == len(wanted(usual)) and all(s >= w for s, w in zip(scale, wanted(usual), strict=True)):
+        why = "; are they interleaved or padded?"
+    elif fits(other):
+        why = f"; one scale for {other} values belongs to {'MXFP4' if other == 32 else 'NVFP4'}"
+    raise CheckpointError(
+        f"{base}: block scales must have shape {list(wanted(usual))} for codes {list(packed)}, got {list(scale)}{why}"
+    )
 
 
 def _check_alpha(base: str, info: TensorInfo, experts: int | None) -> None:

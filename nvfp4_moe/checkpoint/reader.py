@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..tensor import Mxfp4Tensor, Nvfp4Tensor
 from .claims import METHODS, read_claims
-from .dialects import NVFP4, Module, find_modules, refusal
+from .dialects import GROUP, NVFP4, Module, find_modules, refusal
 from .header import CheckpointError
 from .moe import MoeWeights, assemble, find_moe_layers
 from .shards import Shards
@@ -46,7 +46,7 @@ class Checkpoint:
         if why:
             raise CheckpointError(f"{shards.path}: {why}")
         self.claims = read_claims(shards.config, shards.quant_config)
-        found = find_modules(shards.tensors, self.errors)
+        found = find_modules(shards.tensors, self.errors, self.claims.group_size)
         for name, module in found.items():
             compute = self.claims.compute(name, module.kind, "input_scale" in module.tensors)
             found[name] = replace(module, compute=compute)
@@ -126,8 +126,12 @@ class Checkpoint:
         scales = self.shards[module.tensors[role]].view(torch.uint8)
         if module.dialect.layout == "columns":
             scales = scales.transpose(1, 2).contiguous()
-        group = 16 if module.kind == NVFP4 else 32
-        return scales.reshape(*self._lead(module), module.shape[0], module.shape[1] // group)
+        scales = scales.reshape(*self._lead(module), module.shape[0], module.shape[1] // module.group)
+        return (
+            scales.repeat_interleave(module.group // GROUP[module.kind], -1)
+            if module.group > GROUP[module.kind]
+            else scales
+        )
 
     def _multiplier(self, module: Module, role: str) -> Tensor:
         """float32 [], [E] or [E, 2] (gate rows, up rows)."""
@@ -193,7 +197,7 @@ class Checkpoint:
         if not self.modules and method in ("modelopt", "compressed-tensors", "mxfp4", "quark"):
             self.warnings.append(f"config says quant_method {method}, no FP4 weights were found")
         group = self.claims.group_size
-        wanted = {16 if m.kind == NVFP4 else 32 for m in self.modules.values()}
+        wanted = {m.group for m in self.modules.values()}
         if group is not None and wanted and group not in wanted:
             self.warnings.append(f"config says group_size {group}, the tensors say {min(wanted)}")
         # DeepSeek-V4's NVFP4 export excludes what stays MXFP4
