@@ -143,6 +143,7 @@ ORIGINAL = ("{b}.mlp1_weight", "{b}.mlp2_weight")
 
 W4A16 = modelopt_config("W4A16_NVFP4")
 MIXED_PRECISION = modelopt_config("MIXED_PRECISION", quantized_layers=MIXED)
+SHARED_KEPT = modelopt_config(ignore=(*EXCLUDED, "*.shared_expert*"))
 CT_NVFP4, CT_NVFP4A16 = ct_config("nvfp4-pack-quantized"), ct_config("nvfp4-pack-quantized", False)
 CT_MXFP4, CT_MXFP4A16 = ct_config("mxfp4-pack-quantized"), ct_config("mxfp4-pack-quantized", False)
 
@@ -153,8 +154,8 @@ FORMS = {
     "modelopt-mixed": (models.DEEPSEEK_V3, weights.put_modelopt, MIXED_PRECISION),
     "modelopt-awq": (models.QWEN3, weights.put_modelopt_awq, modelopt_config("NVFP4_AWQ")),
     "modelopt-minimax": (models.MINIMAX_M2, weights.put_modelopt, modelopt_config()),
-    "modelopt-nemotron": (models.NEMOTRON_H, weights.put_modelopt, modelopt_config()),
-    "modelopt-llama4": (models.LLAMA4, weights.put_modelopt_stacked_no_bias, modelopt_config()),
+    "modelopt-nemotron": (models.NEMOTRON_H, weights.put_modelopt, SHARED_KEPT),
+    "modelopt-llama4": (models.LLAMA4, weights.put_modelopt_stacked_no_bias, SHARED_KEPT),
     "modelopt-gpt-oss": (models.GPT_OSS, weights.put_modelopt_stacked, modelopt_config()),
     "compressed-tensors-nvfp4": (models.QWEN3_MOE, weights.put_ct_nvfp4, CT_NVFP4),
     "compressed-tensors-nvfp4a16": (models.QWEN3_MOE, weights.put_ct_nvfp4a16, CT_NVFP4A16),
@@ -214,6 +215,7 @@ def make(
 
 def _quantize_more(t: dict, values: dict, form: str) -> None:
     """Linears beside the routed experts that some exports quantize too."""
+    pairs = {}
     put = {
         "modelopt-awq": [("_proj", ".mlp.", weights.put_modelopt_awq)],
         "modelopt-mixed": [
@@ -226,10 +228,25 @@ def _quantize_more(t: dict, values: dict, form: str) -> None:
         for name in [
             n for n in t if n.endswith(f"{suffix}.weight") and within in n and t[n].dtype == torch.bfloat16
         ]:
-            module = name.removesuffix(".weight")
-            value = way(t, module, t.pop(name))
+            module, w = name.removesuffix(".weight"), t.pop(name)
+            amax = w.abs().amax()
+            for one, other in (
+                ("gate_proj", "up_proj"),
+                ("up_proj", "gate_proj"),
+            ):  # as exporters do: one for both
+                if module.endswith(one):
+                    amax = pairs.setdefault(
+                        module.removesuffix(one), amax.maximum(_amax(t, module, one, other))
+                    )
+            value = way(t, module, w, amax)
             if value is not None:
                 values[module] = value
+
+
+def _amax(t: dict, module: str, one: str, other: str) -> Tensor:
+    """Of the other half of a gate and up pair; 0 where there is none."""
+    pair = t.get(module.removesuffix(one) + other + ".weight")
+    return torch.tensor(0.0) if pair is None or not pair.is_floating_point() else pair.abs().amax()
 
 
 def _prefixed(prefix: str, t: dict, values: dict, blocks: list[str]):

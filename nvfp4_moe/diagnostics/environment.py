@@ -69,7 +69,9 @@ def _libraries() -> Iterator[Finding]:
         yield Finding("library", OK, f"{path.name} is loaded: {names}")
     for folder in {path.parent for path in libraries}:
         for path in sorted(set(folder.glob("libnvfp4_sm*.so")) - set(libraries)):
-            advice = "build again, in a clean checkout: it is of another version, or something it needs is missing"
+            advice = (
+                "build again, in a clean checkout: it is of another version, or something it needs is missing"
+            )
             yield Finding("library", ERROR, f"{path.name} lies beside the core and is not loaded", advice)
 
 
@@ -79,7 +81,9 @@ def _gpus() -> Iterator[Finding]:
             gpus = nvidia_smi()
             severity = WARNING if gpus else INFO
             advice = "torch's CUDA and the driver do not fit: update the driver" if gpus else ""
-            yield Finding("GPU", severity, "no CUDA device is usable" + (f" ({gpus[0]})" if gpus else ""), advice)
+            yield Finding(
+                "GPU", severity, "no CUDA device is usable" + (f" ({gpus[0]})" if gpus else ""), advice
+            )
         return
     names = {path.stem: path for path in loaded_libraries()}
     generic = {arch for path in names.values() if path.stem == "libnvfp4" for arch in architectures(path)}
@@ -95,7 +99,9 @@ def _gpus() -> Iterator[Finding]:
         elif runs:
             yield Finding("GPU", OK, title + "kernels for every chip are there, none of its own")
         else:
-            advice = f"build with NVFP4_CHIPS={chip}" if chip else "CUDA kernels need sm_80 or later; use the CPU"
+            advice = (
+                f"build with NVFP4_CHIPS={chip}" if chip else "CUDA kernels need sm_80 or later; use the CPU"
+            )
             yield Finding("GPU", ERROR, title + "no kernels for it in this build", advice)
 
 

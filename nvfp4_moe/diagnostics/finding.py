@@ -49,7 +49,9 @@ class Report:
     format: str
     facts: dict[str, object] = field(default_factory=dict)  # what was read, in numbers
     findings: list[Finding] = field(default_factory=list)  # errors first
-    checks: dict[str, str] = field(default_factory=dict)  # every check: worst severity, or why it did not apply
+    checks: dict[str, str] = field(
+        default_factory=dict
+    )  # every check: worst severity, or why it did not apply
     histograms: list[Histogram] = field(default_factory=list)
 
     @property
