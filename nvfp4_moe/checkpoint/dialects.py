@@ -83,9 +83,10 @@ class Module:
     compute: str  # nvfp4: activations are quantized too · bf16: weights only
     experts: int | None
     shape: tuple[int, int]  # (N, K)
-    group: int  # values that share a block scale: 16 or 32; ModelOpt's NVFP4 may have 32, each scale standing
-    for two # role -> full name: packed, sf or e8m0, and where there: alpha, input_scale, bias,
-    pre_quant_scale tensors: Mapping[str, str] dialect: Dialect = field(repr=False)
+    group: int  # values that share a block scale; 32 in some of ModelOpt's NVFP4, where one stands for two
+    # role -> full name: packed, sf or e8m0, and where there: alpha, input_scale, bias, pre_quant_scale
+    tensors: Mapping[str, str]
+    dialect: Dialect = field(repr=False)
 
 
 def find_modules(
@@ -176,7 +177,8 @@ def _group(base: str, dialect: Dialect, packed, scale, experts, N: int, K: int, 
     elif fits(other):
         why = f"; one scale for {other} values belongs to {'MXFP4' if other == 32 else 'NVFP4'}"
     raise CheckpointError(
-        f"{base}: block scales must have shape {list(wanted(usual))} for codes {list(packed)}, got {list(scale)}{why}"
+        f"{base}: block scales must have shape {list(wanted(usual))} for codes {list(packed)},"
+        f" got {list(scale)}{why}"
     )
 
 

@@ -127,11 +127,8 @@ class Checkpoint:
         if module.dialect.layout == "columns":
             scales = scales.transpose(1, 2).contiguous()
         scales = scales.reshape(*self._lead(module), module.shape[0], module.shape[1] // module.group)
-        return (
-            scales.repeat_interleave(module.group // GROUP[module.kind], -1)
-            if module.group > GROUP[module.kind]
-            else scales
-        )
+        wider = module.group // GROUP[module.kind]
+        return scales.repeat_interleave(wider, -1) if wider > 1 else scales
 
     def _multiplier(self, module: Module, role: str) -> Tensor:
         """float32 [], [E] or [E, 2] (gate rows, up rows)."""
