@@ -140,20 +140,16 @@ def _stacked(checkpoint, prefix: str, parts: dict, experts: range | None) -> dic
     rows."""
     if "down" not in parts:
         raise CheckpointError(f"{prefix}.experts: down_proj is missing")
-    gate_up, down = checkpoint.weight(parts["gate_up"]), checkpoint.weight(parts["down"])
-    w13_bias, w2_bias = checkpoint.bias(parts["gate_up"]), checkpoint.bias(parts["down"])
+    picked = slice(experts.start, experts.stop) if experts else None
+    gate_up, down = (checkpoint.weight(parts[p], experts=picked) for p in ("gate_up", "down"))
+    w13_bias, w2_bias = (checkpoint.bias(parts[p]) for p in ("gate_up", "down"))
+    w13_bias, w2_bias = (None if b is None else b[picked or slice(None)] for b in (w13_bias, w2_bias))
     if isinstance(gate_up, Nvfp4Tensor) and gate_up.alpha.dim() == 1:
         gate_up = replace(gate_up, alpha=gate_up.alpha[:, None].repeat(1, 2))
     if checkpoint.interleaves_gate_up(parts["gate_up"]):
         order = torch.arange(gate_up.packed.shape[1]).view(-1, 2).T.flatten()  # even rows, then odd rows
         gate_up = _map(gate_up, lambda rows: rows.view(torch.uint8)[:, order])
         w13_bias = None if w13_bias is None else w13_bias[:, order]
-    if experts:
-        one = slice(experts.start, experts.stop)
-        gate_up, down = (
-            _map(w, lambda rows: rows.view(torch.uint8)[one], lambda a: a[one]) for w in (gate_up, down)
-        )
-        w13_bias, w2_bias = (None if b is None else b[one] for b in (w13_bias, w2_bias))
     w13_bias, w2_bias = (None if b is None else b.float() for b in (w13_bias, w2_bias))
     return {"w13": gate_up, "w2": down, "gated": True, "w13_bias": w13_bias, "w2_bias": w2_bias}
 
@@ -171,10 +167,10 @@ def _router(shards, prefix: str, oss: bool) -> dict:
     }
 
 
-def _map(w, rows, alpha=lambda a: a):
+def _map(w, rows):
     if isinstance(w, Mxfp4Tensor):
         return Mxfp4Tensor(rows(w.packed), rows(w.e8m0))
-    return Nvfp4Tensor(rows(w.packed), rows(w.sf).view(torch.float8_e4m3fn), alpha(w.alpha))
+    return Nvfp4Tensor(rows(w.packed), rows(w.sf).view(torch.float8_e4m3fn), w.alpha)
 
 
 def _same(weights: list, what: str) -> list:

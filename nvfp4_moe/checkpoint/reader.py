@@ -55,16 +55,23 @@ class Checkpoint:
         self._find_orphans()
         self._compare_with_config()
 
-    def weight(self, name: str, check: bool = True) -> Nvfp4Tensor | Mxfp4Tensor:
-        """The weight [.., N, K] of a module. check: scales that make no sense (NaN, negative, Inf) are an
-        error that names the tensor."""
+    def weight(self, name: str, check: bool = True, experts: int | slice | None = None):
+        """Nvfp4Tensor or Mxfp4Tensor [.., N, K]; of a stacked module one expert [N, K] or several, if asked.
+
+        check: scales that make no sense (NaN, negative, Inf) are an error that names the tensor."""
         module = self._module(name)
-        packed = self._codes(module)
+        if experts is not None and module.experts is None:
+            raise CheckpointError(f"{name}: not stacked, so it has no expert {experts}")
+        packed = self._rows_of(module, "packed", experts, 2)
         if module.kind == NVFP4:
-            sf = self._scales(module, "sf").view(torch.float8_e4m3fn)
-            weight = Nvfp4Tensor(packed, sf, self._multiplier(module, "alpha"))
+            sf = self._rows_of(module, "sf", experts, module.group)
+            wider = module.group // GROUP[NVFP4]
+            sf = sf.repeat_interleave(wider, -1) if wider > 1 else sf
+            alpha = self._multiplier(module, "alpha")
+            alpha = alpha if experts is None else alpha[experts]
+            weight = Nvfp4Tensor(packed, sf.view(torch.float8_e4m3fn), alpha)
         else:
-            weight = Mxfp4Tensor(packed, self._scales(module, "e8m0"))
+            weight = Mxfp4Tensor(packed, self._rows_of(module, "e8m0", experts, module.group))
         if check:
             self._check(module, weight)
         return weight
@@ -112,29 +119,21 @@ class Checkpoint:
             raise CheckpointError(f"{self.shards.path}: no quantized module {name!r}")
         return self.modules[name]
 
-    def _lead(self, module: Module) -> tuple[int, ...]:
-        return () if module.experts is None else (module.experts,)
-
-    def _codes(self, module: Module) -> Tensor:
-        packed = self.shards[module.tensors["packed"]].view(torch.uint8)
-        if module.dialect.layout == "columns":
-            packed = packed.transpose(1, 2).contiguous()
-        return packed.reshape(*self._lead(module), module.shape[0], module.shape[1] // 2)
-
-    def _scales(self, module: Module, role: str) -> Tensor:
+    def _rows_of(self, module: Module, role: str, experts: int | slice | None, per_byte: int) -> Tensor:
+        """Codes or scales as bytes [.., N, K / per_byte]."""
         # as bytes: torch converts the value of a float8_e8m0fnu, and we want its exponent
-        scales = self.shards[module.tensors[role]].view(torch.uint8)
+        name, N, K = module.tensors[role], *module.shape
+        stored = (self.shards[name] if experts is None else self.shards.rows(name, experts)).view(torch.uint8)
         if module.dialect.layout == "columns":
-            scales = scales.transpose(1, 2).contiguous()
-        scales = scales.reshape(*self._lead(module), module.shape[0], module.shape[1] // module.group)
-        wider = module.group // GROUP[module.kind]
-        return scales.repeat_interleave(wider, -1) if wider > 1 else scales
+            return stored.transpose(-1, -2).contiguous()
+        lead = () if module.experts is None or isinstance(experts, int) else (-1,)
+        return stored.reshape(*lead, N, K // per_byte)
 
     def _multiplier(self, module: Module, role: str) -> Tensor:
         """float32 [], [E] or [E, 2] (gate rows, up rows)."""
         value = self.shards[module.tensors[role]].float().flatten()
         value = value.reciprocal() if module.dialect.inverse else value
-        lead = self._lead(module)
+        lead = () if module.experts is None else (module.experts,)
         if value.numel() == 1:
             return value.reshape(()).expand(lead).clone()
         return value.reshape(*lead, -1).squeeze(-1).clone()

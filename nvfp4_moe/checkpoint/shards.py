@@ -6,6 +6,7 @@ tensors or count bytes that are gone.
 
 import mmap
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ INDEX = "model.safetensors.index.json"
 JOURNAL = "nvfp4-unfinished.json"  # of ShardWriter: while it is there, the directory is not a checkpoint
 MAX_JSON = 256 << 20  # bytes; the index of 500,000 tensors has about 60 MB
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Copy on write, and without a reservation: Linux would refuse to map more than the machine's memory.
+_PRIVATE = mmap.MAP_PRIVATE | (0x4000 if sys.platform == "linux" else 0)  # MAP_NORESERVE, named since 3.13
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 class Shards(Mapping):
@@ -119,7 +123,7 @@ class Shards(Mapping):
         with self._lock:
             if file not in self._maps:
                 with open(file, "rb") as f:
-                    self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+                    self._maps[file] = mmap.mmap(f.fileno(), 0, flags=_PRIVATE, prot=_READ_WRITE)
             return self._maps[file]
 
     def _find_files(self) -> tuple[Path, ...]:
