@@ -1,4 +1,5 @@
-"""What is wrong here: with this machine (environment), with a checkpoint (check_checkpoint). Returns data; only
+"""What is wrong here: with this machine (environment), with a checkpoint (check_checkpoint). Returns data;
+only
 `text` prints."""
 
 from .doctor import check_checkpoint

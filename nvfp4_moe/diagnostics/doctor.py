@@ -88,7 +88,8 @@ def _dynamic(checkpoint: Checkpoint) -> bool:
 
 
 def quantizer(units: list[Unit], largest: torch.Tensor) -> str:
-    """Which quantizer made the NVFP4 scales, as far as the codes tell. largest: blocks by their largest |code|."""
+    """Which quantizer made the NVFP4 scales, as far as the codes tell. largest: blocks by their largest
+    |code|."""
     nvfp4 = [unit for unit in units if unit.nvfp4 and not unit.dead]
     if not nvfp4:
         return "MXFP4" if units else "none"

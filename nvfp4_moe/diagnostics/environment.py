@@ -21,7 +21,8 @@ CHIP_OF = {8: "sm80", 9: "sm90", 10: "sm100", 12: "sm120"}  # compute capability
 
 
 def environment() -> list[Finding]:
-    """Every row of `nvfp4 doctor`; severities ok, info (something is absent that need not be there), warning, error."""
+    """Every row of `nvfp4 doctor`; severities ok, info (something is absent that need not be there), warning,
+    error."""
     return [*_torch(), *_libraries(), *_gpus(), *_plans(), *_smoke()]
 
 

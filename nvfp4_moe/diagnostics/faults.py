@@ -1,4 +1,5 @@
-"""Every fault the doctor knows: which check finds it, how grave it is, what to do. The checks name them by key."""
+"""Every fault the doctor knows: which check finds it, how grave it is, what to do. The checks name them by
+key."""
 
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ FAULTS = {
         "scales never are: the tensor is of another type or its bytes are damaged; " + AGAIN,
     ),
     "saturated": Fault(
-        "saturation", WARNING, "many block scales are at 448: the tensor's amax was too small, large weights are cut",
+        "saturation", WARNING, "many block scales are at 448: the amax was too small, large weights are cut",
         "export again with the amax of the whole weight (of all shards under tensor parallelism)",
     ),
     "low-scales": Fault(
@@ -81,10 +82,10 @@ FAULTS = {
     ),
     "pinned-blocks": Fault(
         "underflow", WARNING, "blocks pinned at the smallest scale, 2^-9, with codes that hardly move",
-        "an outlier widens the tensor's range: quantize it with a scale of its own (per expert, not per layer)",
+        "an outlier widens the tensor's range: give it a scale of its own (per expert, not per layer)",
     ),
     "ct-eighth": Fault(
-        "underflow", INFO, "underflowed blocks written as scale 0.125 and zero codes, as compressed-tensors does",
+        "underflow", INFO, "underflowed blocks, written as compressed-tensors does: scale 0.125, codes 0",
         "harmless where the weights were zero; otherwise these blocks are lost",
     ),
     "bad-global": Fault(
@@ -117,7 +118,7 @@ FAULTS = {
     ),
     "input-scale-missing": Fault(
         "input-scale", ERROR, "no input scale, though the config says activations are quantized with one",
-        "engines read 0 or uninitialised memory there, and return NaN for some prompts. " + CALIBRATE.capitalize(),
+        "engines read 0 or whatever is in memory, and return NaN for some prompts: " + CALIBRATE,
     ),
     "input-scale-bad": Fault(
         "input-scale", ERROR, "the input scale is zero, subnormal, negative, infinite or NaN",
@@ -137,7 +138,7 @@ FAULTS = {
     ),
     "input-scale-spread": Fault(
         "input-scale-pairs", WARNING, "input scales of a layer's experts are more than 1e4 apart",
-        "engines take the largest for all, and the smallest expert's activations underflow: scale at run time",
+        "engines take the largest for all, so small experts' activations underflow: scale at run time",
     ),
     "activation-above": Fault(
         "activations", WARNING, "measured activations exceed the calibrated range by more than 1.5",
@@ -207,7 +208,9 @@ FAULTS = {
         "kv-scales", WARNING, "a KV-cache scale is 1 (not calibrated), above 100 or below 1e-5",
         "calibrate the KV cache, or serve it in BF16",
     ),
-    "kv-bad": Fault("kv-scales", ERROR, "a KV-cache scale is NaN, infinite or not positive", "serve it in BF16"),
+    "kv-bad": Fault(
+        "kv-scales", ERROR, "a KV-cache scale is NaN, infinite or not positive", "serve it in BF16",
+    ),
     "kv-names": Fault(
         "kv-scales", WARNING, "KV-cache scales of several naming families, or of k without v",
         "loaders look for one family and ignore the rest",
@@ -217,7 +220,7 @@ FAULTS = {
         "write quantization_config into config.json: other engines load these bytes as unquantized",
     ),
     "config-legacy": Fault(
-        "config", WARNING, "only hf_quant_config.json says how this checkpoint is quantized, config.json does not",
+        "config", WARNING, "hf_quant_config.json says how this checkpoint is quantized, config.json does not",
         "copy it into config.json as quantization_config: newer loaders read only that",
     ),
     "config-method": Fault(
@@ -225,10 +228,12 @@ FAULTS = {
         "correct config.json: engines choose their loader by it",
     ),
     "config-case": Fault(
-        "config", WARNING, "quant_algo is not in upper case", "some loaders compare it exactly: write it in upper case",
+        "config", WARNING, "quant_algo is not in upper case",
+        "some loaders compare it exactly: write it in upper case",
     ),
     "config-group": Fault(
-        "config", ERROR, "the config's group_size is not the tensors'", "correct the config: 16 for NVFP4, 32 for MXFP4",
+        "config", ERROR, "the config's group_size is not the tensors'",
+        "correct the config: 16 for NVFP4, 32 for MXFP4",
     ),
     "config-ignore": Fault(
         "config", INFO, "entries of the config's ignore list that match no module",

@@ -1,4 +1,5 @@
-"""Checks that need headers and configs only: the index, the set of tensors, expert counts, KV scales, the config."""
+"""Checks that need headers and configs only: the index, the set of tensors, expert counts, KV scales, the
+config."""
 
 import math
 import re
@@ -14,9 +15,10 @@ from .faults import Collector
 SCALES = tuple({s for d in DIALECTS for s in (d.scale, d.alpha, *d.input_scale) if s} | {"_scale_inv"})
 EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.\w+")
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
-KV = re.compile(r"(.+)\.(k_proj\.k_scale|v_proj\.v_scale|k_scale|v_scale|kv_scale|kv_cache_scale)")
+KV = re.compile(r"(.+?)\.(k_proj\.k_scale|v_proj\.v_scale|k_scale|v_scale|kv_scale|kv_cache_scale)")
 KV_OTHERS = ("k_bias", "v_bias", "q_scale", "prob_output_scale", "prob_scale", "output_scale")
-# the last part of the name of a linear layer that FP4 exporters quantize; embeddings, norms and routers are not
+# the last part of the name of a linear layer that FP4 exporters quantize; embeddings, norms and routers are
+# not
 LINEAR = re.compile(r"\w+_proj|w[123]|gate_up_proj|fc[12]|dense_h_to_4h|dense_4h_to_h|in_proj|out_proj")
 FLOATS = ("BF16", "F16", "F32")
 
@@ -164,7 +166,9 @@ def check_config(checkpoint: Checkpoint, found: Collector) -> None:
     config, legacy = checkpoint.shards.config, checkpoint.shards.quant_config
     inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     said = config.get("quantization_config") or inner.get("quantization_config") or {}
-    if not said:
+    # gpt-oss as OpenAI published it has none, and its readers need none
+    original = all(module.dialect.packed == ".blocks" for module in checkpoint.modules.values())
+    if not said and not original:
         found.add("config-legacy" if legacy else "config-missing", path)
     if claims.method in METHODS and checkpoint.format.name not in METHODS[claims.method]:
         found.add(
@@ -174,9 +178,9 @@ def check_config(checkpoint: Checkpoint, found: Collector) -> None:
         algo = where.get("quant_algo")
         if isinstance(algo, str) and algo != algo.upper():
             found.add("config-case", path, f"quant_algo {algo!r}")
-    kinds = {16 if module.kind == NVFP4 else 32 for module in checkpoint.modules.values()}
-    if claims.group_size is not None and claims.group_size not in kinds:
-        found.add("config-group", path, f"config {claims.group_size}, tensors {min(kinds)}")
+    groups = {module.group for module in checkpoint.modules.values()}
+    if claims.group_size is not None and claims.group_size not in groups:
+        found.add("config-group", path, f"config {claims.group_size}, tensors {min(groups)}")
     _ignored(checkpoint, found)
 
 

@@ -41,10 +41,10 @@ class Distributions:
             self._block_scales(),
             _bars("Global scales (as multipliers)", "log10", [math.log10(a) for a in self.alphas]),
             _ratios(self.ratios),
-            _bars("Loss if the global scale were folded into E4M3", "relative RMS, %", [100 * x for x in self.losses]),
+            _bars("Loss if alpha were folded into E4M3", "relative RMS, %", [100 * x for x in self.losses]),
             self._codes(),
             self._mx_exponents(),
-            _whole("MXFP4 exponent spread of a matrix", "powers of two", self.spreads, "NVFP4 holds 17 without loss"),
+            _whole("MXFP4 exponent spread of a matrix", "powers of two", self.spreads, "NVFP4 holds 17"),
         ) if h is not None]  # fmt: skip
 
     def _block_scales(self) -> Histogram | None:

@@ -1,12 +1,15 @@
-"""Which GPU architectures a shared library holds machine code for: read off the file, no GPU and no CUDA tool needed."""
+"""Which GPU architectures a shared library holds machine code for: read off the file, no GPU and no CUDA tool
+needed."""
 
 import mmap
 import re
 import struct
 from pathlib import Path
 
-# nvcc embeds "fat binaries": a 16-byte header (magic, version, its own size, bytes that follow), then entries of
-# (kind u16, - u16, header size u32, bytes u64, .. , architecture u32 at byte 28). Kind 2 is machine code (SASS).
+# nvcc embeds "fat binaries": a 16-byte header (magic, version, its own size, bytes that follow), then entries
+# of
+# (kind u16, - u16, header size u32, bytes u64, .. , architecture u32 at byte 28). Kind 2 is machine code
+# (SASS).
 # Seen with CUDA 13.0; what does not look like that is skipped.
 MAGIC = b"\x50\xed\x55\xba"
 HEADER = struct.Struct("<HHQ")

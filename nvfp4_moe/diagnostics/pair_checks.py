@@ -127,7 +127,8 @@ def _over_experts(name: str, experts: list[Unit], found: Collector) -> None:
     scales = [
         unit.input_scale for unit in experts if unit.input_scale is not None and _usable(unit.input_scale)
     ]
-    if len(scales) < 2 or any(unit.expert is not None for unit in experts) and len(set(scales)) == 1:
+    stacked = any(unit.expert is not None for unit in experts)
+    if len(scales) < 2 or (stacked and len(set(scales)) == 1):
         return  # a stacked tensor may have one scale by design
     found.ran.add("input-scale-pairs")
     if len(set(scales)) == 1 and len(scales) == len(experts):

@@ -1,6 +1,7 @@
 """Histograms as one PNG. Needs matplotlib: pip install nvfp4-moe[report]."""
 
 import io
+from itertools import pairwise
 
 from .finding import Histogram
 
@@ -30,7 +31,7 @@ def draw(histograms: list[Histogram], title: str = "") -> bytes:
 
 def _draw(axes, histogram: Histogram) -> None:
     edges, counts = histogram.edges, histogram.counts
-    widths = [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    widths = [b - a for a, b in pairwise(edges)]
     axes.bar(edges[:-1], counts, widths, align="edge", color="#4878a8")
     if max(counts, default=0) > 1000 * max(1, min((c for c in counts if c), default=1)):
         axes.set_yscale("log")

@@ -1,11 +1,12 @@
-"""Activations at run time: the largest |x| that enters each linear layer, for check_checkpoint(activations=)."""
+"""The largest |x| that enters each linear layer at run time, for check_checkpoint(activations=)."""
 
 import torch
 from torch import nn
 
 
 class ActivationProbe:
-    """with ActivationProbe(model) as probe: model(real_data) ..  then check_checkpoint(path, activations=probe.amax)
+    """with ActivationProbe(model) as probe: model(real_data) ..  then check_checkpoint(path,
+    activations=probe.amax)
 
     Module names are the model's, which for a Hugging Face model are the checkpoint's."""
 

@@ -11,7 +11,6 @@ from .statistics import (
     E4M3,
     FINITE,
     SATURATED,
-    SIX,
     Folding,
     Table,
     first_block,
@@ -29,17 +28,10 @@ CT_EIGHTH = 0x20  # 0.125, compressed-tensors' scale of a block that underflowed
 
 
 def check_nvfp4(unit: Unit, table: Table, packed: Tensor, scales: Tensor, found: Collector) -> list[Folding]:
-    """Every check of one matrix; keeps in `unit` what checks of several need. -> what folding each alpha costs."""
-    found.ran |= {
-        "nan-scales",
-        "saturation",
-        "underflow",
-        "global-scale",
-        "inverted-scale",
-        "folding",
-        "codes",
-    }
-    found.ran |= {"dead-experts"}
+    """Every check of one matrix; keeps in `unit` what checks of several need. -> what folding each alpha
+    costs."""
+    found.ran |= {"nan-scales", "saturation", "underflow", "dead-experts", "codes"}
+    found.ran |= {"global-scale", "inverted-scale", "folding"}
     finite = table.live[:FINITE].nonzero()
     unit.top = int(finite[-1]) if len(finite) else 0
     unit.powers = powers_of_two(table)
@@ -83,7 +75,8 @@ def _underflow(unit: Unit, table: Table, packed: Tensor, scales: Tensor, found: 
     if lost:
         at = first_block(packed, scales, lambda s, largest: (s == 0) & (largest > 0))
         found.add("lost-blocks", unit.tensor("sf"), f"{lost} of {table.blocks}, the first at {at}", lost)
-    # a block that fits has codes up to 6, or 2 and more if its exponent came from MXFP4; 1 and less was pushed there
+    # a block that fits has codes up to 6, or 2 and more if its exponent came from MXFP4; 1 and less was
+    # pushed there
     pinned = int(table.counts[0x01, 1:3].sum())
     if pinned > max(FEW, 1e-3 * table.blocks):
         detail = f"{pinned} of {table.blocks} blocks hold nothing above 2^-9"
@@ -104,7 +97,8 @@ def _dead(unit: Unit, table: Table, found: Collector) -> None:
 
 
 def _codes(unit: Unit, table: Table, found: Collector) -> None:
-    """A block whose largest value is 3 or less is the same, finer, under half the scale: quantizers never choose it."""
+    """A block whose largest value is 3 or less is the same, finer, under half the scale: quantizers never
+    choose it."""
     above_floor = table.counts[0x20:SATURATED, 1:]
     unused, blocks = int(above_floor[:, :5].sum()), int(above_floor.sum())
     if not unit.powers and unused > max(FEW, 0.01 * blocks):
@@ -132,7 +126,8 @@ def _global_scale(unit: Unit, alpha: float, packed: Tensor, scales: Tensor, foun
 
 
 def check_scale_range(units: list[Unit], found: Collector) -> None:
-    """The largest block scale, over all matrices that share a global scale: fused pairs, all experts of a layer."""
+    """The largest block scale, over all matrices that share a global scale: fused pairs, all experts of a
+    layer."""
     sharing = defaultdict(list)
     for unit in units:
         if unit.nvfp4 and not unit.dead and unit.top:

@@ -11,7 +11,8 @@ T, E, TOP_K, H, I = 5, 4, 2, 64, 32
 
 
 def operators(device: str) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """(operator, run): run() gives None, or what is wrong with the result; it raises what the operator raises."""
+    """(operator, run): run() gives None, or what is wrong with the result; it raises what the operator
+    raises."""
     calls = _calls()
     for name in reference.__all__:
         yield name, lambda name=name: _differs(name, calls[name], device)
@@ -59,7 +60,8 @@ def _calls() -> dict[str, tuple]:
     }
 
 
-# Sums in another order may move a BF16 result by one unit, 2^-8 of it (and moe quantizes such a result again, a
+# Sums in another order may move a BF16 result by one unit, 2^-8 of it (and moe quantizes such a result again,
+# a
 # quarter of a value at worst, in a few of hundreds); a wrong scale, expert or half gives about 1.
 SUMS = {"grouped_gemm": 2.0**-7, "linear": 2.0**-7, "moe": 2.0**-5}
 

@@ -15,12 +15,11 @@ E4M3 = (
 FINITE = 0x7F  # bytes 0 .. 0x7E are finite and not negative
 SATURATED = 0x7E  # 448
 POWERS = torch.tensor([0x01, 0x02, 0x04, *range(0x08, 0x7F, 8)])  # 2^-9 .. 2^8
-SIX = 7  # the code
 
 
 @dataclass(frozen=True)
 class Table:
-    """counts[b, c]: blocks whose scale byte is b and whose largest |code| is c. codes[c]: values with code c."""
+    """counts[b, c]: blocks of scale byte b whose largest |code| is c. codes[c]: values of code c."""
 
     counts: Tensor  # int64 [256, 8]
     codes: Tensor  # int64 [16]

@@ -82,9 +82,9 @@ def _multipliers(checkpoint: Checkpoint, module: Module, role: str) -> list[list
 
 
 def read_unit(checkpoint: Checkpoint, unit: Unit) -> tuple[Tensor, Tensor]:
-    """(packed uint8 [N, K/2], scale bytes uint8 [N, blocks]) of one unit; views of the file where its layout allows."""
+    """(packed uint8 [N, K/2], scale bytes uint8 [N, blocks]) of one unit; views of the file where its layout
+    allows."""
     module = unit.module
-    group = 16 if unit.nvfp4 else 32
     N, K = module.shape
 
     def one(role: str, columns: int) -> Tensor:
@@ -95,7 +95,7 @@ def read_unit(checkpoint: Checkpoint, unit: Unit) -> tuple[Tensor, Tensor]:
             data = data.reshape(columns, N).T.contiguous()
         return data.reshape(N, columns)
 
-    return one("packed", K // 2), one("sf" if unit.nvfp4 else "e8m0", K // group)
+    return one("packed", K // 2), one("sf" if unit.nvfp4 else "e8m0", K // module.group)
 
 
 def stream(
@@ -119,4 +119,4 @@ def stream(
 
 def _nbytes(unit: Unit) -> int:
     N, K = unit.module.shape
-    return N * K // 2 + N * K // (16 if unit.nvfp4 else 32)
+    return N * K // 2 + N * K // unit.module.group
