@@ -17,7 +17,8 @@ from checkpoint_models import LAYERS
 from torch import Tensor
 
 DTYPES = {
-    torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8", torch.int8: "I8",
+    torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0", torch.int64: "I64", torch.int32: "I32",
     torch.float4_e2m1fn_x2: "F4",
 }  # fmt: skip
@@ -100,6 +101,13 @@ def ct_config(
 
 
 EXCLUDED = ("lm_head", "*self_attn*", "*mlp.gate")
+
+
+def remade(truth: Truth, path: Path, drop=(), config=None, **tensors: Tensor) -> Path:
+    """The checkpoint again, in one file, with tensors dropped or exchanged."""
+    kept = {name: t for name, t in truth.tensors.items() if name not in drop} | tensors
+    write_directory(path, kept, truth.config if config is None else config)
+    return path
 
 
 def modelopt_config(algo="NVFP4", ignore=EXCLUDED, **more) -> dict:

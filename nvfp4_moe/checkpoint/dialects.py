@@ -162,9 +162,8 @@ def _group(base: str, dialect: Dialect, packed, scale, experts, N: int, K: int, 
         return (*lead, K // group, N) if dialect.layout == "columns" else (*lead, N, K // group)
 
     def fits(group: int) -> bool:
-        if K % group or dialect.layout == "columns":
-            return scale == wanted(group)
-        return [d for d in scale if d != 1] == [d for d in wanted(group) if d != 1]  # [1, N, S] occurs
+        # [1, N, S] beside [N, K/2] occurs
+        return K % group == 0 and scale in (wanted(group), *[(1, *wanted(group))] * (experts is None))
 
     usual = GROUP[dialect.kind]
     if fits(usual):
@@ -172,10 +171,10 @@ def _group(base: str, dialect: Dialect, packed, scale, experts, N: int, K: int, 
     if dialect.kind == NVFP4 and claimed_group == 32 and fits(32):
         return 32
     why, other = "", 48 - usual
-    if len(scale) == len(wanted(usual)) and all(s >= w for s, w in zip(scale, wanted(usual), strict=True)):
-        why = "; are they interleaved or padded?"
-    elif fits(other):
+    if fits(other):
         why = f"; one scale for {other} values belongs to {'MXFP4' if other == 32 else 'NVFP4'}"
+    elif len(scale) == len(wanted(usual)) and all(s >= w for s, w in zip(scale, wanted(usual), strict=True)):
+        why = "; are they interleaved or padded?"
     raise CheckpointError(
         f"{base}: block scales must have shape {list(wanted(usual))} for codes {list(packed)},"
         f" got {list(scale)}{why}"

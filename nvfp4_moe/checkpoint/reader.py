@@ -142,14 +142,16 @@ class Checkpoint:
         if module.kind == NVFP4:
             wrong = weight.sf.view(torch.uint8) >= 0x7F
             what, role = "a NaN or negative block scale", "sf"
-            if not (weight.alpha.isfinite() & (weight.alpha >= 0)).all():
-                got = weight.alpha.flatten()[:8].tolist()
+            stored = self.shards[module.tensors["alpha"]]
+            # 0 is a tensor of zeros; as a divisor it is none
+            if not (stored.isfinite() & (stored > 0 if module.dialect.inverse else stored >= 0)).all():
+                got = stored.flatten()[:8].tolist()
                 raise CheckpointError(f"{module.tensors['alpha']}: must be finite and positive, got {got}")
         else:
             wrong = weight.e8m0 == 0xFF
             what, role = "a NaN block scale (0xFF)", "e8m0"
             if wrong.any():  # on a block of zeros it says nothing
-                wrong &= (weight.packed.unflatten(-1, (-1, 16)) & 0x77).any(-1)
+                wrong &= (weight.packed.unflatten(-1, (-1, 16)) & 0x77 != 0).any(-1)
         if wrong.any():
             at = wrong.nonzero()[0].tolist()
             raise CheckpointError(
