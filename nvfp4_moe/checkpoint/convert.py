@@ -1,11 +1,10 @@
 """MXFP4 checkpoint -> NVFP4 checkpoint.
 
-Experts are converted one by one, each with its own alpha; what engines fuse into one product (gate and up, w1 and
-w3, q k v) shares it, wherever its shards are. Nothing is believed: every result is compared with its source, value
-by value, and the report says which half blocks changed and by how much.
+Experts are converted one by one, each with its own alpha; what engines fuse into one product (gate and up,
+w1 and w3, q k v) shares it, wherever its shards are. Nothing is believed: every result is compared with its
+source, value by value, and the report says which half blocks changed and by how much.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,48 +15,20 @@ from ..tensor import Mxfp4Tensor, Nvfp4Tensor
 from .dialects import MXFP4, Module
 from .fidelity import compare
 from .header import CheckpointError
-from .layouts import LAYOUTS, Layout, Planned, config_files, linear_names
+from .layouts import LAYOUTS, Layout, Planned, config_files, fused_groups, linear_names
 from .reader import Checkpoint, open_checkpoint
-from .rewrite import Job, Made, Result, in_file_order, planned_bytes, rewrite
+from .rewrite import Job, Made, Plan, in_file_order
 
 METHODS = ("best", "hybrid", "requantize", "verbatim_midpoint", "verbatim_search")
-FUSED = (  # last parts of names that engines multiply at once
-    ("gate_proj", "up_proj"), ("w1", "w3"), ("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
-)  # fmt: skip
-FUSED_WITH = {name: names for names in FUSED for name in names}
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What would be done: `nvfp4 convert --dry-run` prints it, run() does it."""
-
-    checkpoint: Checkpoint
-    layout: Layout
-    jobs: list[Job]
-    options: dict
-    files: dict[str, bytes]
-    left: tuple[str, ...] = ()  # MXFP4 modules that stay
-
-    @property
-    def source_bytes(self) -> int:
-        return sum(info.nbytes for info in self.checkpoint.shards.tensors.values())
-
-    @property
-    def target_bytes(self) -> int:
-        return planned_bytes(self.jobs)
-
-    def run(self, target, progress: Callable[[int], None] = lambda nbytes: None, **limits) -> Result:
-        shards = self.checkpoint.shards
-        return rewrite(shards, self.jobs, target, self.files, self.options, progress=progress, **limits)
 
 
 def plan_conversion(
     source, to: str | None = None, method: str = "best", activation_amax: float | None = None,
     device: str = "cpu",
-) -> Conversion:  # fmt: skip
-    """source: a directory. to: modelopt | compressed-tensors; None: ModelOpt's, and for DeepSeek-V4 ModelOpt's
-    export of it. activation_amax: also write input_scale = amax / 2688, which engines that quantize activations
-    with a static scale demand; without it the checkpoint says weights only."""
+) -> Plan:  # fmt: skip
+    """source: a directory. to: modelopt | compressed-tensors; None: ModelOpt's, for DeepSeek-V4 as ModelOpt
+    exports it. activation_amax: also write input_scale = amax / 2688, which engines that quantize
+    activations with a static scale demand; without it the checkpoint says weights only."""
     checkpoint = open_checkpoint(source)
     if method not in METHODS:
         raise CheckpointError(f"method must be {' | '.join(METHODS)}, got {method}")
@@ -71,17 +42,19 @@ def plan_conversion(
         )
     scale = None if activation_amax is None else torch.tensor(activation_amax / 2688)
     jobs = [
-        job
-        for group in fused_groups(modules)
-        for job in _jobs(checkpoint, group, layout, method, scale, device)
+        job for group in _groups(modules) for job in _jobs(checkpoint, group, layout, method, scale, device)
     ]
     made = [m for job in jobs for m in job.modules]
     owned = {t for m in modules.values() for t in m.tensors.values()}
     plain = linear_names({n: i for n, i in checkpoint.shards.tensors.items() if n not in owned})
     configs = (checkpoint.shards.config, checkpoint.shards.quant_config)
-    files = config_files(layout, *configs, made, plain, activation_amax is not None)
+    activations = scale is not None or all("input_scale" in m.tensors for m in modules.values())
+    files = config_files(layout, *configs, made, plain, activations)
     options = {"to": layout.name, "method": method, "activation_amax": activation_amax}
-    return Conversion(checkpoint, layout, in_file_order(checkpoint.shards, jobs), options, files, left)
+    notes = tuple(checkpoint.warnings)
+    if left:
+        notes += (f"{len(left)} modules under mtp.* stay MXFP4, as engines expect them",)
+    return Plan(checkpoint.shards, layout.name, in_file_order(checkpoint.shards, jobs), files, options, notes)
 
 
 def _layout(checkpoint: Checkpoint, to: str | None) -> Layout:
@@ -90,24 +63,33 @@ def _layout(checkpoint: Checkpoint, to: str | None) -> Layout:
         raise CheckpointError(f"`to` must be modelopt | compressed-tensors, got {to}")
     if deepseek and to == "compressed-tensors":
         raise CheckpointError(
-            f"{checkpoint.shards.path}: DeepSeek-V4 keeps FP8 layers under names that compressed-tensors does not"
-            " use: convert to modelopt"
+            f"{checkpoint.shards.path}: DeepSeek-V4 keeps FP8 layers under names that compressed-tensors does"
+            " not use: convert to modelopt"
         )
     return LAYOUTS["deepseek-v4" if deepseek else to or "modelopt"]
 
 
-def fused_groups(modules: dict[str, Module]) -> list[list[Module]]:
-    """Modules that share an alpha, in the order of FUSED; every module stands in one group."""
-    groups: dict[tuple, list[Module]] = {}
-    for name, module in modules.items():
-        parent, _, last = name.rpartition(".")
-        joined = FUSED_WITH.get(last) if module.experts is None and module.kind == MXFP4 else None
-        key = (parent, joined, module.shape[1]) if joined else (name,)
-        groups.setdefault(key, []).append(module)
-    for key, group in groups.items():
-        if len(key) == 3:
-            group.sort(key=lambda m: key[1].index(m.name.rpartition(".")[2]))
-    return list(groups.values())
+def _groups(modules: dict[str, Module]) -> list[list[Module]]:
+    """Modules that share an alpha. Stacked experts have gate and up in one already; NVFP4 keeps its own."""
+    alone = {name for name, m in modules.items() if m.experts is not None or m.kind != MXFP4}
+    names = fused_groups({name: m.shape for name, m in modules.items() if name not in alone})
+    return [
+        [modules[name] for name in group] for group in names + [[name] for name in modules if name in alone]
+    ]
+
+
+def surely_exact(source) -> tuple[int, int]:
+    """(matrices that `best` converts without a change whatever their codes are, matrices in all), from the
+    scales alone, a 17th of the bytes. The rest may be exact too: blocks of zeros have no say."""
+    checkpoint, sure, total = open_checkpoint(source), 0, 0
+    for group in _groups({name: m for name, m in checkpoint.modules.items() if m.kind == MXFP4}):
+        scales = [checkpoint.shards[m.tensors["e8m0"]].view(torch.uint8) for m in group]
+        rows = torch.cat([s.reshape(group[0].experts or 1, -1) for s in scales], 1)
+        low, high = rows.amin(1).int(), rows.amax(1).int()
+        sure += int(((high - low <= 17) & (high <= 252)).sum()) * len(group)
+        total += len(rows) * len(group)
+        checkpoint.shards.release()
+    return sure, total
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """How converters name NVFP4 tensors in a new checkpoint, and what its configs then say.
 
-modelopt and compressed-tensors, whose names and conventions are those of the readers' table (dialects.py);
-deepseek-v4 is ModelOpt's names with the config of ModelOpt's own export of that model, which keeps FP8 layers.
+modelopt and compressed-tensors: names and conventions are those of the readers' table (dialects.py).
+deepseek-v4: ModelOpt's names, with the config of its own export of that model, which keeps FP8 layers.
 """
 
 import json
@@ -18,6 +18,11 @@ from .dialects import DIALECTS, Dialect
 from .header import CheckpointError
 
 Planned = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
+FUSED = (  # last parts of names that engines multiply at once
+    ("gate_proj", "up_proj"), ("w1", "w3"), ("q_proj", "k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)  # fmt: skip
+FUSED_WITH = {name: names for names in FUSED for name in names}
 # engines look for this name and refuse others
 PRODUCER = {"name": "modelopt", "version": "0.47.0 (as written by nvfp4_moe)"}
 
@@ -73,6 +78,20 @@ LAYOUTS = {
     )
 }
 
+
+def fused_groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    """Modules {name: (N, K)} that share an alpha, in the order of FUSED; every module stands in one group."""
+    groups: dict[tuple, list[str]] = {}
+    for name, (_, K) in shapes.items():
+        parent, _, last = name.rpartition(".")
+        key = (parent, FUSED_WITH[last], K) if last in FUSED_WITH else (name,)
+        groups.setdefault(key, []).append(name)
+    for key, group in groups.items():
+        if len(key) == 3:
+            group.sort(key=lambda name: key[1].index(name.rpartition(".")[2]))
+    return list(groups.values())
+
+
 # ---- configs --------------------------------------------------------------------------------------------
 
 
@@ -80,8 +99,8 @@ def config_files(
     layout: Layout, config: dict, quant_config: dict | None, modules: Iterable[str], plain: Iterable[str],
     activations: bool,
 ) -> dict[str, bytes]:  # fmt: skip
-    """config.json and, for ModelOpt's, hf_quant_config.json. modules: those in NVFP4; plain: unquantized ones;
-    activations: input scales are stored, so engines may quantize activations too."""
+    """config.json and, for ModelOpt's, hf_quant_config.json. modules: those in NVFP4; plain: unquantized
+    ones; activations: input scales are stored, so engines may quantize activations too."""
     modules, ignored = list(modules), unquantized_patterns(modules, plain)
     old = config.get("quantization_config") or {}
     kv = ((quant_config or {}).get("quantization") or {}).get("kv_cache_quant_algo")
@@ -146,7 +165,7 @@ def _compressed_tensors(ignored: list[str], activations: bool, kv_cache_scheme) 
 
 
 def unquantized_patterns(modules: Iterable[str], plain: Iterable[str]) -> list[str]:
-    """Names of unquantized modules with `*` for their numbers, or in full where `*` would hit a quantized one."""
+    """Unquantized modules with `*` for their numbers, or in full where `*` would hit a quantized one."""
     taken = {_starred(m) for m in modules}
     taken_examples = {t.replace("*", "0") for t in taken}
     found: dict[str, None] = {}

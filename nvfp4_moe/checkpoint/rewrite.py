@@ -1,18 +1,21 @@
 """A checkpoint written anew, job by job: what convert and quantize share.
 
-A job reads some tensors and makes others. Jobs run in the order of the plan, one at a time, and let go of their
-pages at once, so memory holds one job (an expert, mostly) whatever the model's size. Its report is a line in a file
-beside the shards: a second run after a crash has the lines of the shards that were finished.
+A job reads some tensors and makes others: an expert's gate and up, mostly, so memory holds a few experts
+whatever the model's size. Its report is a line in a file beside the shards, where a second run after a crash
+finds those of the shards that were finished.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .header import BITS, CheckpointError
@@ -23,6 +26,8 @@ from .writer import SHARD_BYTES, ShardWriter
 REPORT = "nvfp4-conversion.json"
 LINES = "nvfp4-conversion.jsonl"  # while unfinished
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl")
+MAX_WORKERS = 16
+WORST = 100  # modules that the report names
 RELEASE_BYTES = 256 << 20  # mapped source pages that may count as ours
 
 
@@ -43,14 +48,39 @@ class Job:
     modules: tuple[str, ...] = ()  # that it reports on
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
     path: Path
     reports: dict[str, dict]  # by module
     shards: int
-    bytes_read: int
-    bytes_written: int
     skipped: int  # jobs that an earlier run had finished
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be done: --dry-run prints it, run() does it."""
+
+    shards: Shards
+    target: str  # name of the layout
+    jobs: list[Job]
+    files: dict[str, bytes]
+    options: dict
+    notes: tuple[str, ...] = ()  # what the user should know before
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def target_bytes(self) -> int:
+        return sum(prod(shape) * BITS[dtype] // 8 for job in self.jobs for _, dtype, shape in job.plan)
+
+    @property
+    def modules(self) -> list[str]:
+        return [m for job in self.jobs for m in job.modules]
+
+    def run(self, target, progress: Callable[[int], None] = lambda nbytes: None, **limits) -> Result:
+        return rewrite(self, Path(target), progress, **limits)
 
 
 def copy_job(shards: Shards, name: str) -> Job:
@@ -82,10 +112,6 @@ def side_files(shards: Shards) -> dict[str, Path]:
     return found
 
 
-def planned_bytes(jobs: Iterable[Job]) -> int:
-    return sum(prod(shape) * BITS[dtype] // 8 for job in jobs for _, dtype, shape in job.plan)
-
-
 def fingerprint(shards: Shards, options: dict) -> str:
     """Of the source's files and the options: a resumed run must be the same run."""
     files = [(f.name, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in shards.files]
@@ -93,51 +119,71 @@ def fingerprint(shards: Shards, options: dict) -> str:
 
 
 def rewrite(
-    shards: Shards, jobs: list[Job], target, files: dict[str, bytes], options: dict,
-    max_shard_bytes: int = SHARD_BYTES, progress: Callable[[int], None] = lambda nbytes: None,
-) -> Result:  # fmt: skip
+    plan: Plan, target: Path, progress: Callable[[int], None], max_shard_bytes: int = SHARD_BYTES
+) -> Result:
     """Run the jobs that an earlier run has not finished, and write what they make."""
-    target = Path(target)
+    shards, jobs = plan.shards, plan.jobs
     if target.resolve() == shards.path.resolve():
         raise CheckpointError(f"{target}: source and target are the same directory")
-    plan = [entry for job in jobs for entry in job.plan]
-    everything = {**side_files(shards), **files}
-    writer = ShardWriter(target, plan, everything, max_shard_bytes, fingerprint(shards, options))
+    tensors = [entry for job in jobs for entry in job.plan]
+    files, source = {**side_files(shards), **plan.files}, fingerprint(shards, plan.options)
+    writer = ShardWriter(target, tensors, files, max_shard_bytes, source)
     missing, reports = set(writer.missing()), _read_lines(target / LINES)
-    skipped, mapped = 0, 0
+    todo, mapped = [], 0
+    for job in jobs:
+        finished = not any(name in missing for name, _, _ in job.plan)
+        if finished and all(m in reports for m in job.modules):
+            progress(job.nbytes)
+        else:
+            todo.append(job)
     with open(target / LINES, "a", encoding="utf-8") as lines:
-        for job in jobs:
-            wanted = [name for name, _, _ in job.plan if name in missing]
-            if wanted or any(m not in reports for m in job.modules):
-                made = job.run()
-                for report in made.reports:
-                    reports[report["module"]] = report
-                    lines.write(json.dumps(report) + "\n")
-                lines.flush()
-                for name in wanted:
-                    writer.add(name, made.tensors[name])
-                del made
-            skipped += not wanted
+        for job, made in run_ahead(todo):
+            for report in made.reports:
+                reports[report["module"]] = report
+                lines.write(json.dumps(report) + "\n")
+            lines.flush()
+            for name, tensor in made.tensors.items():
+                writer.add(name, tensor)
             mapped += job.nbytes
             if mapped > RELEASE_BYTES:
                 shards.release()
                 mapped = 0
             progress(job.nbytes)
-    summary = {"options": options, **summarize(reports.values())}
+    summary = {"options": plan.options, **summarize(reports.values())}
     writer.files[REPORT] = json.dumps(summary, indent=2).encode() + b"\n"
     (target / LINES).unlink()
     writer.close()
-    reads = sum(job.nbytes for job in jobs)
-    return Result(
-        target, reports, len(list(target.glob("*.safetensors"))), reads, planned_bytes(jobs), skipped
-    )
+    return Result(target, reports, len(list(target.glob("*.safetensors"))), len(jobs) - len(todo))
+
+
+def run_ahead(jobs: Iterable[Job]) -> Iterator[tuple[Job, Made]]:
+    """Jobs in order, with a few of the next ones under way: each on one thread, for many small parallel loops
+    wait for each other more than they work (ten times slower on a busy machine)."""
+    workers = min(os.cpu_count() or 1, MAX_WORKERS)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = deque()
+        try:
+            for job in jobs:
+                waiting.append((job, pool.submit(job.run)))
+                if len(waiting) > workers:
+                    first, made = waiting.popleft()
+                    yield first, made.result()
+            while waiting:
+                first, made = waiting.popleft()
+                yield first, made.result()
+        finally:  # Ctrl-C among others
+            pool.shutdown(cancel_futures=True)
 
 
 def summarize(reports: Iterable[dict]) -> dict:
-    """Totals, and every module that changed."""
     reports = list(reports)
-    lossy = sorted((r for r in reports if not r["exact"]), key=lambda r: -r["relative_rms"])
-    return {"modules": len(reports), "exact": len(reports) - len(lossy), "changed": lossy}
+    changed = sorted((r for r in reports if not r["exact"]), key=lambda r: -r["relative_rms"])
+    return {
+        "modules": len(reports),
+        "exact": len(reports) - len(changed),
+        "changed": len(changed),
+        "worst": changed[:WORST],
+    }
 
 
 def _read_lines(path: Path) -> dict[str, dict]:
