@@ -1,4 +1,4 @@
-"""Histograms as one PNG. Needs matplotlib: pip install nvfp4-moe[report]."""
+"""Histograms as one PNG. Needs matplotlib: pip install nvfp4-moe[plot]."""
 
 import io
 from itertools import pairwise
@@ -14,7 +14,7 @@ def draw(histograms: list[Histogram], title: str = "") -> bytes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "the pictures of a report need matplotlib: pip install 'nvfp4-moe[report]'"
+            "the pictures of a report need matplotlib: pip install 'nvfp4-moe[plot]'"
         ) from error
     rows = max(1, -(-len(histograms) // COLUMNS))
     figure = Figure(figsize=(12, 2.9 * rows), layout="constrained")  # no pyplot: nothing global, no display

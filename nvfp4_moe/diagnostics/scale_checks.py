@@ -11,6 +11,7 @@ from .statistics import (
     E4M3,
     FINITE,
     SATURATED,
+    SIX,
     Folding,
     Table,
     first_block,
@@ -63,8 +64,9 @@ def _nan(unit: Unit, table: Table, packed: Tensor, scales: Tensor, found: Collec
 
 
 def _saturation(unit: Unit, table: Table, found: Collector) -> None:
-    """A Gaussian matrix of 2048 x 2048 has 2 blocks at 448; with an amax 1.25 too small it has 380."""
-    count = int(table.live[SATURATED])
+    """Blocks at 448 that use the largest code: a Gaussian matrix of 2048 x 2048 has 2, and 380 with an amax
+    1.25 too small. (Searched scales put more blocks at 448, whose largest code is then 4.)"""
+    count = int(table.counts[SATURATED, SIX])
     if count > max(FEW, 1e-4 * table.blocks):
         detail = f"{count} of {table.blocks} blocks ({count / table.blocks:.2%})"
         found.add("saturated", unit.tensor("sf"), detail, count / table.blocks)

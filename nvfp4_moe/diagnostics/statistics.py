@@ -14,6 +14,7 @@ E4M3 = (
 )  # by byte; 0x7F and 0xFF are NaN
 FINITE = 0x7F  # bytes 0 .. 0x7E are finite and not negative
 SATURATED = 0x7E  # 448
+SIX = 7  # the code of the largest value
 POWERS = torch.tensor([0x01, 0x02, 0x04, *range(0x08, 0x7F, 8)])  # 2^-9 .. 2^8
 
 

@@ -11,7 +11,7 @@ from ..checkpoint.dialects import NVFP4
 from ..checkpoint.moe import PART
 from .statistics import Exponents, Table, block_table, exponents
 
-RELEASE = 1 << 30  # bytes read before the mapped pages are let go
+RELEASE = 1 << 28  # bytes read before the mapped pages are let go
 
 
 @dataclass
