@@ -20,7 +20,7 @@ DTYPES = {
     torch.bfloat16: "BF16", torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8", torch.int8: "I8",
     torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0", torch.int64: "I64", torch.int32: "I32",
-    torch.float4_e2m1fn_x2: "F4",
+    torch.float4_e2m1fn_x2: "F4", torch.bool: "BOOL",
 }  # fmt: skip
 
 

@@ -70,8 +70,8 @@ def read_claims(config: dict, quant_config: dict | None) -> Claims:
     claims.layers = _dict(said.get("quantized_layers") or legacy.get("quantized_layers"))
     claims.groups = [g for g in _dict(said.get("config_groups")).values() if isinstance(g, dict)]
     weights = [g.get("weights") for g in claims.groups if isinstance(g.get("weights"), dict)]
-    sizes = [w["group_size"] for w in weights if w.get("group_size")]
-    claims.group_size = said.get("group_size") or legacy.get("group_size") or (sizes[0] if sizes else None)
+    sizes = [said.get("group_size"), legacy.get("group_size"), *(w.get("group_size") for w in weights)]
+    claims.group_size = next((size for size in sizes if isinstance(size, int) and size), None)
     excluded = said.get("ignore") or said.get("modules_to_not_convert") or said.get("exclude")
     claims.excluded = tuple(_names(excluded or legacy.get("exclude_modules")))
     if claims.method == "modelopt" and claims.groups:

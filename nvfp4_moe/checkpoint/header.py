@@ -11,6 +11,7 @@ import stat
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -88,29 +89,38 @@ def header_bytes(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict
     return len(text).to_bytes(8, "little") + text
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """To read; a pipe that somebody named model.safetensors must not hang us, so O_NONBLOCK."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointError(f"{path}: not a regular file")
+    return open(fd, "rb")
+
+
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """(tensors, metadata) of one file."""
-    # O_NONBLOCK: a pipe that somebody named .safetensors must not hang us
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(24)
         length = int.from_bytes(start[:8], "little")
-        if status.st_size < 8 or length > min(MAX_HEADER, status.st_size - 8):
+        if size < 8 or length > min(MAX_HEADER, size - 8):
             magic = next((m for m in MAGICS if start.startswith(m)), None)
             what = (
                 f"not a safetensors file but {MAGICS[magic]}"
                 if magic
                 else (
                     f"truncated, or not a safetensors file: it announces a header of {length} bytes"
-                    f" (at most {MAX_HEADER}) and has {status.st_size} bytes"
+                    f" (at most {MAX_HEADER}) and has {size} bytes"
                 )
             )
             raise CheckpointError(f"{path}: {what}")
         file.seek(8)
         text = file.read(length)
-    return parse_header(path, text, 8 + length, status.st_size)
+    return parse_header(path, text, 8 + length, size)
 
 
 def parse_header(

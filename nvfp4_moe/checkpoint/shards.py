@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from .header import DTYPES, CheckpointError, TensorInfo, parse_json, read_header
+from .header import DTYPES, CheckpointError, TensorInfo, open_regular, parse_json, read_header
 
 INDEX = "model.safetensors.index.json"
 JOURNAL = "nvfp4-unfinished.json"  # of ShardWriter: while it is there, the directory is not a checkpoint
@@ -168,7 +168,7 @@ class Shards(Mapping):
         path = self.path / name
         if not path.is_file():
             return None
-        with open(self.inside(path), "rb") as file:
+        with open_regular(self.inside(path)) as file:
             text = file.read(MAX_JSON + 1)
         if len(text) > MAX_JSON:
             raise CheckpointError(f"{path}: more than {MAX_JSON} bytes")
