@@ -111,7 +111,8 @@ def main() -> None:
     size = sum(f.stat().st_size for f in source.glob("*.safetensors")) / 1e6
     _, base = run([sys.executable, "-c", "import nvfp4_moe.cli"])
     forget_pages(source)
-    seconds, peak = run([sys.executable, "-m", "nvfp4_moe", "convert", str(source), str(target)])
+    limit = f"--shard-size={args.shard_megabytes}MB"
+    seconds, peak = run([sys.executable, "-m", "nvfp4_moe", "convert", str(source), str(target), limit])
     print(f"{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(f"{size:.0f} MB in {seconds:.1f} s: {size / seconds:.0f} MB/s")
     print(f"peak resident set {peak:.0f} MB, {base:.0f} of it the import; largest shard {largest:.0f} MB")

@@ -23,6 +23,8 @@ FUSED = (  # last parts of names that engines multiply at once
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )  # fmt: skip
 FUSED_WITH = {name: names for names in FUSED for name in names}
+# as ModelOpt's export of that model says
+DEEPSEEK_V4_IGNORES = ("*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*")
 # engines look for this name and refuse others
 PRODUCER = {"name": "modelopt", "version": "0.47.0 (as written by nvfp4_moe)"}
 
@@ -101,7 +103,8 @@ def config_files(
 ) -> dict[str, bytes]:  # fmt: skip
     """config.json and, for ModelOpt's, hf_quant_config.json. modules: those in NVFP4; plain: unquantized
     ones; activations: input scales are stored, so engines may quantize activations too."""
-    modules, ignored = list(modules), unquantized_patterns(modules, plain)
+    modules, plain = list(modules), list(plain)
+    ignored = unquantized_patterns(modules, plain)
     old = config.get("quantization_config") or {}
     kv = ((quant_config or {}).get("quantization") or {}).get("kv_cache_quant_algo")
     algo = "NVFP4" if activations else "W4A16_NVFP4"
@@ -109,6 +112,7 @@ def config_files(
         new = _compressed_tensors(ignored, activations, old.get("kv_cache_scheme"))
     elif layout.name == "deepseek-v4":
         new = _deepseek_v4(old, modules, algo)
+        new["ignore"] = [p for p in DEEPSEEK_V4_IGNORES if any(matches(p, name) for name in plain)]
     else:
         new = {"quant_method": "modelopt", "quant_algo": algo, "config_groups": _groups(activations)}
         new |= {"ignore": ignored, "producer": PRODUCER}
@@ -141,7 +145,6 @@ def _deepseek_v4(old: dict, modules: list[str], algo: str) -> dict:
         "group_size": BLOCK,
         "config_groups": _groups(algo == "NVFP4"),
         "quantized_layers": {name: {"quant_algo": algo, "group_size": BLOCK} for name in experts},
-        "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],  # as ModelOpt's export says
         "producer": PRODUCER,
     }
 

@@ -129,6 +129,8 @@ def rewrite(
     files, source = {**side_files(shards), **plan.files}, fingerprint(shards, plan.options)
     writer = ShardWriter(target, tensors, files, max_shard_bytes, source)
     missing, reports = set(writer.missing()), _read_lines(target / LINES)
+    largest = max(file.stat().st_size for file in shards.files)
+    most_mapped = min(RELEASE_BYTES, largest // 4)
     todo, mapped = [], 0
     for job in jobs:
         finished = not any(name in missing for name, _, _ in job.plan)
@@ -145,7 +147,7 @@ def rewrite(
             for name, tensor in made.tensors.items():
                 writer.add(name, tensor)
             mapped += job.nbytes
-            if mapped > RELEASE_BYTES:
+            if mapped > most_mapped:
                 shards.release()
                 mapped = 0
             progress(job.nbytes)
