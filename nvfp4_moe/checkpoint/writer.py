@@ -55,8 +55,11 @@ class _Shard:
     def is_done(self) -> bool:
         if not self.path.exists():
             return False
-        there = {name: (i.dtype, i.shape) for name, i in read_header(self.path)[0].items()}
-        return there == self.tensors
+        try:
+            there = read_header(self.path)[0]
+        except CheckpointError:
+            return False
+        return {name: (info.dtype, info.shape) for name, info in there.items()} == self.tensors
 
 
 class ShardWriter:
