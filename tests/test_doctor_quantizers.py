@@ -30,7 +30,7 @@ def quantize(w, method):
 def test_a_quantizers_output_is_no_fault(method, kind, tmp_path):
     t = {}
     for expert in range(2):
-        for names, shape in ((("gate_proj", "up_proj"), (256, 256)), (("down_proj",), (256, 128))):
+        for names, shape in ((("gate_proj", "up_proj"), (128, 128)), (("down_proj",), (128, 64))):
             w = {"gaussian": torch.randn, "heavy": heavy, "laplace": laplace}[kind](*shape) * 0.02
             q = quantize(w, method)
             step = shape[0] // len(names)

@@ -122,7 +122,7 @@ def test_histograms_count_everything():
     assert sum(drawn["Block scales (E4M3)"].counts) == table.blocks
     ratios = drawn["Up's global scale over gate's"]
     assert sum(ratios.counts) == 4 and ratios.counts[0] == 1 and ratios.note == "2 of 4 pairs are equal"
-    spread = drawn["MXFP4 exponent spread of a matrix"]
+    spread = drawn["MXFP4 exponent spread"]
     assert spread.counts[7] == 1 and spread.edges[7] == 6.5
     assert sum(drawn["Codes: 0 .5 1 1.5 2 3 4 6"].counts) == 2 * packed.numel() * 2  # counted twice above
     assert histograms.Distributions().histograms() == []

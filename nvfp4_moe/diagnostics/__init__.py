@@ -1,6 +1,6 @@
-"""What is wrong here: with this machine (environment), with a checkpoint (check_checkpoint). Returns data;
-only
-`text` prints."""
+"""What is wrong here: with this machine (environment), with a checkpoint (check_checkpoint).
+
+Returns data; only `text` prints."""
 
 from .doctor import check_checkpoint
 from .environment import environment
@@ -14,6 +14,7 @@ __all__ = [
     "FAULTS",
     "INFO",
     "OK",
+    "SEVERITIES",
     "WARNING",
     "ActivationProbe",
     "Finding",

@@ -60,7 +60,7 @@ def _headers(checkpoint: Checkpoint, found: Collector) -> None:
 
 
 def _contents(checkpoint: Checkpoint, found: Collector, report: Report, progress, activations) -> None:
-    units, seen = find_units(checkpoint), Distributions()
+    units, seen = find_units(checkpoint, found), Distributions()
     for unit, table, packed, scales in stream(checkpoint, units, progress):
         if unit.nvfp4:
             losses = check_nvfp4(unit, table, packed, scales, found)

@@ -91,7 +91,8 @@ def _unquantized(checkpoint: Checkpoint) -> Iterable[str]:
         return
     if claims.algo and "NVFP4" not in claims.algo:
         return
-    targets = [t for g in claims.groups for t in g.get("targets") or [] if isinstance(t, str)]
+    named = [g["targets"] for g in claims.groups if isinstance(g.get("targets"), list)]
+    targets = [t for names in named for t in names if isinstance(t, str)]
     for name, info in checkpoint.shards.tensors.items():
         module, _, last = name.rpartition(".")
         linear = last == "weight" and info.dtype in FLOATS and len(info.shape) == 2

@@ -37,6 +37,7 @@ class Histogram:
     """counts[i] values in edges[i] .. edges[i + 1]; edges as drawn, so log2 or log10 where `unit` says so."""
 
     title: str
+    counted: str  # blocks, tensors, ..
     unit: str
     edges: tuple[float, ...]
     counts: tuple[int, ...]

@@ -37,14 +37,15 @@ class Distributions:
 
     def histograms(self) -> list[Histogram]:
         """Those that have something to show."""
+        percent = [100 * loss for loss in self.losses]
         return [h for h in (
             self._block_scales(),
-            _bars("Global scales (as multipliers)", "log10", [math.log10(a) for a in self.alphas]),
+            _bars("Global scales (as multipliers)", "tensors", "log10", [math.log10(a) for a in self.alphas]),
             _ratios(self.ratios),
-            _bars("Loss if alpha were folded into E4M3", "relative RMS, %", [100 * x for x in self.losses]),
+            _bars("Loss if alpha were folded into E4M3", "tensors", "relative RMS, %", percent),
             self._codes(),
             self._mx_exponents(),
-            _whole("MXFP4 exponent spread of a matrix", "powers of two", self.spreads, "NVFP4 holds 17"),
+            _whole("MXFP4 exponent spread", "tensors", "powers of two", self.spreads, "NVFP4 holds 17"),
         ) if h is not None]  # fmt: skip
 
     def _block_scales(self) -> Histogram | None:
@@ -56,7 +57,12 @@ class Distributions:
         totals = torch.zeros((high - low) * QUARTERS, dtype=torch.int64).index_add_(0, bars, counts)
         edges = tuple(low + i / QUARTERS for i in range(len(totals) + 1))
         return Histogram(
-            "Block scales (E4M3)", "log2", edges, tuple(totals.tolist()), f"{int(self.scales[0])} are 0"
+            "Block scales (E4M3)",
+            "blocks",
+            "log2",
+            edges,
+            tuple(totals.tolist()),
+            f"{int(self.scales[0])} are 0",
         )
 
     def _mx_exponents(self) -> Histogram | None:
@@ -66,7 +72,7 @@ class Distributions:
         low, high = int(there[0]), int(there[-1])
         edges = tuple(i - 127.5 for i in range(low, high + 2))
         return Histogram(
-            "MXFP4 block exponents", "log2", edges, tuple(self.exponents[low : high + 1].tolist())
+            "MXFP4 block exponents", "blocks", "log2", edges, tuple(self.exponents[low : high + 1].tolist())
         )
 
     def _codes(self) -> Histogram | None:
@@ -76,12 +82,12 @@ class Distributions:
         sizes = self.codes[:8] + self.codes[8:]
         minus_zero = f"{int(self.codes[8]) / int(self.codes.sum()):.2%} of the values are -0"
         edges = tuple(c - 0.5 for c in range(9))
-        return Histogram("Codes: 0 .5 1 1.5 2 3 4 6", "|code|", edges, tuple(sizes.tolist()), minus_zero)
+        return Histogram(
+            "Codes: 0 .5 1 1.5 2 3 4 6", "values", "|code|", edges, tuple(sizes.tolist()), minus_zero
+        )
 
 
-def _bars(
-    title: str, unit: str, values: list[float], low: float | None = None, high: float | None = None, note=""
-):
+def _bars(title: str, counted: str, unit: str, values: list[float], low=None, high=None, note=""):
     if not values:
         return None
     low, high = min(values) if low is None else low, max(values) if high is None else high
@@ -90,7 +96,7 @@ def _bars(
     at = torch.tensor(values, dtype=torch.float64)
     counts = torch.histc(at.clamp(low, high), BARS, low, high).long().tolist()
     edges = tuple(low + (high - low) * i / BARS for i in range(BARS + 1))
-    return Histogram(title, unit, edges, tuple(counts), note)
+    return Histogram(title, counted, unit, edges, tuple(counts), note)
 
 
 def _ratios(values: list[float]) -> Histogram | None:
@@ -98,11 +104,13 @@ def _ratios(values: list[float]) -> Histogram | None:
     reach = max((abs(v) for v in logs), default=0.0) or 0.5
     equal = sum(abs(v) < 1e-6 for v in logs)
     note = f"{equal} of {len(logs)} pairs are equal"
-    return _bars("Up's global scale over gate's", "log2", logs, -reach, reach, note)
+    return _bars("Up's global scale over gate's", "pairs", "log2", logs, -reach, reach, note)
 
 
-def _whole(title: str, unit: str, values: list[int], note: str) -> Histogram | None:
+def _whole(title: str, counted: str, unit: str, values: list[int], note: str) -> Histogram | None:
     if not values:
         return None
     counts = torch.bincount(torch.tensor(values)).tolist()
-    return Histogram(title, unit, tuple(i - 0.5 for i in range(len(counts) + 1)), tuple(counts), note)
+    return Histogram(
+        title, counted, unit, tuple(i - 0.5 for i in range(len(counts) + 1)), tuple(counts), note
+    )

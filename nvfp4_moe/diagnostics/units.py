@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Module
 from ..checkpoint.dialects import NVFP4
 from ..checkpoint.moe import PART
+from .faults import Collector
 from .statistics import Exponents, Table, block_table, exponents
 
 RELEASE = 1 << 28  # bytes read before the mapped pages are let go
@@ -53,7 +55,7 @@ class Unit:
         return PART.get(self.last)
 
 
-def find_units(checkpoint: Checkpoint) -> list[Unit]:
+def find_units(checkpoint: Checkpoint, found: Collector) -> list[Unit]:
     """In the order of the files, so that disks read forward."""
 
     def position(module: Module):
@@ -62,8 +64,8 @@ def find_units(checkpoint: Checkpoint) -> list[Unit]:
 
     units = []
     for module in sorted(checkpoint.modules.values(), key=position):
-        alphas = _multipliers(checkpoint, module, "alpha")
-        inputs = _multipliers(checkpoint, module, "input_scale")
+        alphas = _multipliers(checkpoint, module, "alpha", found)
+        inputs = _multipliers(checkpoint, module, "input_scale", found)
         for expert in range(module.experts) if module.experts is not None else (None,):
             mine = expert or 0
             scale = inputs[min(mine, len(inputs) - 1)][0] if inputs else None
@@ -71,9 +73,13 @@ def find_units(checkpoint: Checkpoint) -> list[Unit]:
     return units
 
 
-def _multipliers(checkpoint: Checkpoint, module: Module, role: str) -> list[list[float]]:
+def _multipliers(checkpoint: Checkpoint, module: Module, role: str, found: Collector) -> list[list[float]]:
     """A row for each expert (or one row for all): one value, or gate's and up's."""
     if role not in module.tensors:
+        return []
+    info, experts = checkpoint.shards.tensors[module.tensors[role]], module.experts or 1
+    if prod(info.shape) not in (1, experts, 2 * experts) or info.dtype not in ("F32", "BF16", "F16"):
+        found.add("wrong-layout", module.tensors[role], f"a scale, {info.dtype} {list(info.shape)}")
         return []
     value = checkpoint.shards[module.tensors[role]].float().flatten()
     value = value.reciprocal() if module.dialect.inverse else value
