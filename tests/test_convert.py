@@ -1,4 +1,4 @@
-"""nvfp4 convert: MXFP4 checkpoints become NVFP4 ones that mean the same, and the report says where they do not."""
+"""nvfp4 convert: MXFP4 checkpoints become NVFP4 ones that mean the same; the report says where they do not."""
 
 import json
 import shutil
@@ -102,7 +102,9 @@ class TestWhatItMakes:
             want = ops.mxfp4_to_nvfp4(torch.cat(packed), torch.cat(e8m0), method)
             for name, rows in ((gate, slice(0, 8)), (up, slice(8, 16))):
                 got = after.weight(name)
-                assert_same_bits((got.packed, got.sf, got.alpha), (want[0][rows], want[1][rows], want[2]), name)
+                assert_same_bits(
+                    (got.packed, got.sf, got.alpha), (want[0][rows], want[1][rows], want[2]), name
+                )
 
     def test_joins_gate_and_up_from_different_shards(self, tmp_path):
         truth = make(tmp_path / "source", "compressed-tensors-mxfp4", shards=40)
@@ -151,7 +153,13 @@ class TestWhatItMakes:
         (source / "original").mkdir()
         plan_conversion(source).run(tmp_path / "target")
         there = {p.name for p in (tmp_path / "target").iterdir()}
-        assert there == {*files, "config.json", "hf_quant_config.json", "model.safetensors", "nvfp4-conversion.json"}
+        assert there == {
+            *files,
+            "config.json",
+            "hf_quant_config.json",
+            "model.safetensors",
+            "nvfp4-conversion.json",
+        }
         assert (tmp_path / "target/chat_template.jinja").read_text() == "x"
 
     def test_nvfp4_modules_of_a_mixed_checkpoint_keep_their_bytes(self, tmp_path):
@@ -193,7 +201,7 @@ class TestTheReport:
         assert not result.reports[names[0]]["exact"], "the gate lies below the window"
 
     def test_is_in_the_target_with_the_worst_first(self, tmp_path):
-        _, _, _, result = self.lossy(tmp_path)
+        self.lossy(tmp_path)
         report = json.loads((tmp_path / "target/nvfp4-conversion.json").read_text())
         assert report["modules"] == 2 and report["changed"] == len(report["worst"]) == 2 - report["exact"]
         assert report["options"]["method"] == "best"
