@@ -1,4 +1,4 @@
-"""nvfp4 convert: MXFP4 checkpoints become NVFP4 ones that mean the same; the report says where they do not."""
+"""nvfp4 convert: MXFP4 checkpoints become NVFP4 ones of the same values; the report says where not."""
 
 import json
 import shutil

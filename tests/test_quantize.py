@@ -173,3 +173,24 @@ def test_searching_quantizers_never_err_more_than_amax_in_any_block():
     error = lambda q: (q.dequantize() - w).square().unflatten(-1, (-1, 16)).sum(-1)  # noqa: E731
     amax, mse = (error(Nvfp4Tensor.quantize(w, m)) for m in ("amax", "mse"))
     assert bool((mse <= amax * (1 + 1e-5)).all()) and float(mse.sum()) < float(amax.sum())
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "far apart", "few values", "sparse", "heavy tail"])
+def test_mse_is_the_best_of_all_126_scales_though_it_tries_fewer(kind):
+    from nvfp4_moe import Nvfp4Tensor
+
+    w = torch.randn(32, 256)
+    w = {
+        "gaussian": w,
+        "far apart": w * torch.exp2(torch.randint(-20, 1, (32, 16)).float()).repeat_interleave(16, -1),
+        "few values": w.round(),
+        "sparse": w * (torch.rand_like(w) < 0.1),
+        "heavy tail": w**5,
+    }[kind]
+    alpha = w.abs().max() / formats.TENSOR_MAX
+    blocks = w.unflatten(-1, (-1, 16))[..., None]  # [32, 16, 16, 1]
+    steps = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float() * alpha
+    error = (formats.e2m1_decode(formats.e2m1_encode(blocks / steps)) * steps - blocks).square().sum(-2)
+    got = (Nvfp4Tensor.quantize(w, "mse").dequantize().unflatten(-1, (-1, 16)) - blocks[..., 0]).square()
+    # not a byte compared: scales may tie, and sums of 16 squares differ by their order
+    assert torch.allclose(got.sum(-1), error.amin(-1), rtol=1e-5, atol=0)
