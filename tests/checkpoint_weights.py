@@ -10,9 +10,10 @@ def random_weight(*shape: int, size: float = 0.02) -> Tensor:
     return (torch.randn(shape) * size).bfloat16()
 
 
-def nvfp4(w: Tensor, amax: Tensor | None = None):
-    """w [N, K] -> packed, sf, alpha [], value."""
-    scale = reference.tensor_scale(w) if amax is None else amax.float() / 2688
+def nvfp4(w: Tensor, amax: Tensor | None = None, scale: Tensor | None = None):
+    """w [N, K] -> packed, sf, alpha [], value; alpha is `scale`, or for amax, or for w's own amax."""
+    if scale is None:
+        scale = reference.tensor_scale(w) if amax is None else amax.float() / 2688
     packed, sf = reference.quantize(w, scale)
     return packed, sf, scale, reference.dequantize(packed, sf, scale, torch.float32)
 
@@ -45,12 +46,12 @@ def put_modelopt(t: dict, name: str, w: Tensor, amax=None, inputs: float | None 
 
 def put_ct_nvfp4(t: dict, name: str, w: Tensor, amax=None, inputs: float | None = INPUT_SCALE) -> Tensor:
     divisor = (2688 / (w.float().abs().amax() if amax is None else amax.float())).float()
-    packed, sf, _, _ = nvfp4(w, 2688 / divisor)
+    packed, sf, _, value = nvfp4(w, scale=divisor.reciprocal())
     t |= {f"{name}.weight_packed": packed, f"{name}.weight_scale": sf}
     t[f"{name}.weight_global_scale"] = divisor.reshape(1)
     if inputs is not None:
         t[f"{name}.input_global_scale"] = torch.tensor([1 / inputs])
-    return reference.dequantize(packed, sf, divisor.reciprocal(), torch.float32)
+    return value
 
 
 def put_ct_mxfp4(t: dict, name: str, w: Tensor, amax=None) -> Tensor:
