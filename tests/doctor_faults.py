@@ -155,17 +155,24 @@ def _(t, config):
     t[f"{DOWN}.weight_global_scale"] = t[f"{DOWN}.weight_global_scale"].reciprocal()
 
 
-@plant("gate-up-differ", f"{EXPERT}.{{gate_proj,up_proj}}")
+@plant("gate-up-differ", f"{UP}.weight_scale_2")
 def _(t, config):
     t[f"{UP}.weight_scale_2"] *= 1.1
 
 
-@plant("gate-up-far", f"{EXPERT}.{{gate_proj,up_proj}}", also={"folds-badly"})
+@plant("gate-up-far", f"{UP}.weight_scale_2", also={"folds-badly"})
 def _(t, config):
     t[f"{UP}.weight_scale_2"] *= 0.1
 
 
-@plant("qkv-differ", f"{MLA}.{{q_a_proj,kv_proj}}", form="deepseek-v4-nvfp4-hf", also={"config-ignore"})
+@plant("gate-up-differ", f"{OSS}.gate_up_proj_weight_scale_2[2]", form="modelopt-gpt-oss")
+def _(t, config):
+    pairs = t[f"{OSS}.gate_up_proj_weight_scale_2"].expand(4, 2).clone()
+    pairs[2, 1] *= 1.1
+    t[f"{OSS}.gate_up_proj_weight_scale_2"] = pairs
+
+
+@plant("qkv-differ", f"{MLA}.q_a_proj.weight_scale_2", form="deepseek-v4-nvfp4-hf", also={"config-ignore"})
 def _(t, config):
     for role in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
         t[f"{MLA}.kv_proj.{role}"] = t[f"{MLA}.q_a_proj.{role}"].clone()
@@ -211,12 +218,12 @@ def _(t, config):
     pass  # the tiny checkpoints have one input scale for all
 
 
-@plant("input-scale-pair", f"{EXPERT}.{{gate_proj,up_proj}}")
+@plant("input-scale-pair", f"{UP}.input_scale")
 def _(t, config):
     t[f"{UP}.input_scale"] *= 1.5
 
 
-@plant("input-scale-spread", "model.layers.0.mlp.experts.*.down_proj")
+@plant("input-scale-spread", f"{DOWN}.input_scale")
 def _(t, config):
     t[f"{DOWN}.input_scale"] *= 1e-5
 
@@ -285,6 +292,6 @@ def _(t, config):
     bits(t, f"{V4}.w1.scale")[4, 1] -= 18
 
 
-@plant("e8m0-pair-spread", f"{V4}.{{w1,w3}}", form="deepseek-v4")
+@plant("e8m0-pair-spread", f"{V4}.w3.scale", form="deepseek-v4")
 def _(t, config):
     bits(t, f"{V4}.w1.scale").add_(18)

@@ -45,4 +45,4 @@ def check_pair_spread(gate: Unit, up: Unit, found: Collector) -> None:
     both = gate.exponents.union(up.exponents)
     if max(gate.exponents.spread, up.exponents.spread) <= MAX_SPREAD < both.spread:
         detail = f"span {both.spread}: gate reaches 2^{gate.exponents.high}, up 2^{up.exponents.high}"
-        found.add("e8m0-pair-spread", f"{gate.parent}.{{{gate.last},{up.last}}}", detail, both.spread)
+        found.add("e8m0-pair-spread", up.tensor("e8m0"), detail, both.spread)

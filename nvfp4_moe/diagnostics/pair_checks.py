@@ -39,17 +39,16 @@ def check_pairs(units: list[Unit], found: Collector) -> list[float]:
     ratios = []
     for gate, up in gate_up_pairs(units):
         if gate.nvfp4 and up.nvfp4 and not (gate.dead or up.dead):
-            name = f"{gate.parent}.{{{gate.last},{up.last}}}"
-            ratios += _ratio(name, gate.alpha[0], up.alpha[0], found)
+            ratios += _ratio(up.tensor("alpha"), gate.alpha[0], up.alpha[0], found)
         check_pair_spread(gate, up, found)
         _input_pair(gate, up, found)
     for unit in units:
         if len(unit.alpha) == 2 and not unit.dead:  # a stacked tensor with both halves' scales
             ratios += _ratio(unit.tensor("alpha"), *unit.alpha, found)
-    for parent, family in siblings(units).items():
+    for family in siblings(units).values():
         for names in FUSED:
-            alphas = {n: family[n].alpha[0] for n in names if n in family and family[n].nvfp4}
-            _fused(parent, {n: a for n, a in alphas.items() if _usable(a)}, found)
+            there = [family[n] for n in names if n in family and family[n].nvfp4]
+            _fused([unit for unit in there if _usable(unit.alpha[0])], found)
     return ratios
 
 
@@ -72,16 +71,16 @@ def _ratio(name: str, gate: float, up: float, found: Collector) -> list[float]:
     return [ratio]
 
 
-def _fused(parent: str, alphas: dict[str, float], found: Collector) -> None:
-    if len(alphas) < 2:
+def _fused(units: list[Unit], found: Collector) -> None:
+    if len(units) < 2:
         return
     found.ran.add("qkv")
-    ratio = max(alphas.values()) / min(alphas.values())
+    smallest = min(units, key=lambda unit: unit.alpha[0])
+    ratio = max(unit.alpha[0] for unit in units) / smallest.alpha[0]
     if ratio - 1 > SAME:
-        detail = ", ".join(f"{name} {alpha:.4g}" for name, alpha in alphas.items())
-        found.add(
-            "qkv-differ", f"{parent}.{{{','.join(alphas)}}}", f"{detail}: up to {ratio - 1:.1%} wrong", ratio
-        )
+        detail = ", ".join(f"{unit.last} {unit.alpha[0]:.4g}" for unit in units)
+        detail = f"{detail}: under the largest, {ratio - 1:.1%} wrong"
+        found.add("qkv-differ", smallest.tensor("alpha"), detail, ratio)
 
 
 def _input_pair(gate: Unit, up: Unit, found: Collector) -> None:
@@ -90,7 +89,7 @@ def _input_pair(gate: Unit, up: Unit, found: Collector) -> None:
     found.ran.add("input-scale-pairs")
     if not abs(gate.input_scale - up.input_scale) <= SAME * abs(gate.input_scale):
         detail = f"gate {gate.input_scale:.4g}, up {up.input_scale:.4g}"
-        found.add("input-scale-pair", f"{gate.parent}.{{{gate.last},{up.last}}}", detail)
+        found.add("input-scale-pair", up.tensor("input_scale"), detail)
 
 
 def check_input_scales(units: list[Unit], dynamic: bool, found: Collector) -> None:
@@ -135,9 +134,9 @@ def _over_experts(name: str, experts: list[Unit], found: Collector) -> None:
         found.add("input-scale-same", name, f"{scales[0]:.4g} for all {len(scales)}")
     spread = max(scales) / min(scales)
     if spread > SPREAD:
-        low = min(experts, key=lambda u: u.input_scale if u.input_scale else math.inf)
-        detail = f"{min(scales):.3g} ({low.name}) .. median {median(scales):.3g} .. {max(scales):.3g}"
-        found.add("input-scale-spread", name, detail, spread)
+        low = min((u for u in experts if _usable(u.input_scale or 0)), key=lambda u: u.input_scale)
+        detail = f"{min(scales):.3g}; median {median(scales):.3g}, largest {max(scales):.3g}"
+        found.add("input-scale-spread", low.tensor("input_scale"), detail, spread)
 
 
 def check_activations(units: list[Unit], activations: Mapping[str, float], found: Collector) -> None:

@@ -39,7 +39,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     quiet = [name for name, verdict in report.checks.items() if verdict not in COLOURS]
     ok = sum(verdict == OK for verdict in report.checks.values())
     console.print(f"{len(CHECKS)} checks: {ok} without a finding, {len(quiet)} with nothing to check"
-                  + (f" ({', '.join(quiet)})" if quiet else ""), highlight=False)  # fmt: skip
+                  + (f" ({', '.join(quiet)})" if quiet else ""), highlight=False, soft_wrap=True)  # fmt: skip
 
 
 def _coloured(severity: str) -> str:
