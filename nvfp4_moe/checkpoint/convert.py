@@ -35,11 +35,7 @@ def plan_conversion(
     layout = _layout(checkpoint, to)
     left = tuple(m for m in checkpoint.modules if layout.name == "deepseek-v4" and m.startswith("mtp."))
     modules = {name: m for name, m in checkpoint.modules.items() if name not in left}
-    if not any(m.kind == MXFP4 for m in modules.values()):
-        raise CheckpointError(
-            f"{source}: no MXFP4 weights, it is {checkpoint.format.name}: nothing to convert"
-            + (" (`nvfp4 quantize` takes BF16)" if not checkpoint.modules else "")
-        )
+    _refuse(checkpoint, modules, layout, renames=to is not None)
     scale = None if activation_amax is None else torch.tensor(activation_amax / 2688)
     jobs = [
         job for group in _groups(modules) for job in _jobs(checkpoint, group, layout, method, scale, device)
@@ -55,6 +51,19 @@ def plan_conversion(
     if left:
         notes += (f"{len(left)} modules under mtp.* stay MXFP4, as engines expect them",)
     return Plan(checkpoint.shards, layout.name, in_file_order(checkpoint.shards, jobs), files, options, notes)
+
+
+def _refuse(checkpoint: Checkpoint, modules: dict[str, Module], layout: Layout, renames: bool) -> None:
+    path, name = checkpoint.shards.path, checkpoint.format.name
+    if not modules or not (renames or any(m.kind == MXFP4 for m in modules.values())):
+        raise CheckpointError(
+            f"{path}: no MXFP4 weights, it is {name}: nothing to convert"
+            + (", unless into the names `to` says" if modules else " (`nvfp4 quantize` takes BF16)")
+        )
+    weights = ((n, i.dtype) for n, i in checkpoint.shards.tensors.items() if n.endswith(".weight"))
+    fp8 = next((name for name, dtype in weights if dtype == "F8_E4M3"), None)
+    if fp8 and layout.name != "deepseek-v4":
+        raise CheckpointError(f"{path}: {fp8} is FP8, which only DeepSeek-V4's config can say beside NVFP4")
 
 
 def _layout(checkpoint: Checkpoint, to: str | None) -> Layout:
@@ -170,11 +179,24 @@ def _run(checkpoint, group, expert, parts: list[Part], layout: Layout, method, s
         if isinstance(whole, Mxfp4Tensor):
             before = Mxfp4Tensor(whole.packed[part.rows], whole.e8m0[part.rows])
         tensors |= layout.stored(part.name, after, _input_scale(checkpoint, part.module, expert, scale))
+        tensors |= _own_scalars(checkpoint, part, layout)
         bias = checkpoint.bias(part.module.name)
         if bias is not None:
             tensors[part.name + ".bias"] = (bias if expert is None else bias[expert])[part.rows]
         reports.append({"module": part.name, **compare(before, after)})
     return Made(tensors, reports)
+
+
+def _own_scalars(checkpoint: Checkpoint, part: Part, layout: Layout) -> dict[str, Tensor]:
+    """What stays NVFP4 keeps its scalars' bytes if the target stores them as the source does: 1 / (1 / x) is
+    not x for a sixth of all float32."""
+    module, target = part.module, layout.dialect
+    if module.kind == MXFP4 or module.experts is not None or module.dialect.inverse != target.inverse:
+        return {}
+    suffix = {"alpha": target.alpha, "input_scale": target.input_scale[0]}
+    roles = suffix.keys() & module.tensors.keys()
+    stored = {role: checkpoint.shards[module.tensors[role]] for role in roles}
+    return {part.name + suffix[role]: value.reshape(layout.scalar) for role, value in stored.items()}
 
 
 def _weight(checkpoint: Checkpoint, module: Module, expert: int | None) -> Mxfp4Tensor | Nvfp4Tensor:
