@@ -1,6 +1,7 @@
 """Reports: what is drawn and written, also where names are hostile or matplotlib is missing."""
 
 import io
+import json
 import re
 import sys
 
@@ -8,6 +9,7 @@ import checkpoints
 import pytest
 import torch
 
+from nvfp4_moe.cli import main
 from nvfp4_moe.diagnostics import Finding, Place, Report, check_checkpoint, environment
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -94,3 +96,24 @@ def test_a_report_without_histograms_needs_no_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     check_checkpoint(tmp_path / "nowhere").write_html(tmp_path / "report.html")
     assert "cannot be read" in (tmp_path / "report.html").read_text()
+
+
+def test_the_command_line_reads_measured_activations(tmp_path, capsys):
+    checkpoints.make(tmp_path / "model", "modelopt")
+    (tmp_path / "amax.json").write_text(json.dumps({"model.layers.0.mlp.experts.1.down_proj": 3.0 * 1.7}))
+    command = ["doctor", str(tmp_path / "model"), "--activations", str(tmp_path / "amax.json"), "--json"]
+    assert main(command) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["checks"]["activations"] == "warning" and found["exit_code"] == 1
+    assert main(["doctor", str(tmp_path / "model")]) == 0
+    for wrong in ("{", "[1]", '{"a": "b"}'):
+        (tmp_path / "amax.json").write_text(wrong)
+        assert main(command) == 2
+        assert "amax.json" in capsys.readouterr().err
+
+
+def test_the_command_line_misses_matplotlib_before_it_reads(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    checkpoints.make(tmp_path / "model", "modelopt")
+    assert main(["doctor", str(tmp_path / "model"), "--html", str(tmp_path / "x.html")]) == 2
+    assert "nvfp4-moe[plot]" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ..checkpoint import CheckpointError
 from .common import add_command, progress_bar
 
 EXAMPLES = """\
@@ -18,6 +19,10 @@ def add_doctor(commands) -> None:
         commands, "doctor", run, "what is wrong: with this machine, or a checkpoint", EXAMPLES
     )
     parser.add_argument("checkpoint", type=Path, nargs="?", help="folder; none: the environment")
+    parser.add_argument(
+        "--activations", type=Path, metavar="FILE",
+        help="JSON {module: largest |x| of its input}, to hold against the input scales (ActivationProbe)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write the report with histograms (matplotlib)"
@@ -36,8 +41,14 @@ def run(args) -> int:
         else:
             print_environment(findings)
         return exit_code(findings)
+    activations = _read_activations(args.activations) if args.activations else None
+    if args.html or args.png:
+        try:  # before reading for an hour
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise CheckpointError("--html and --png need matplotlib: pip install 'nvfp4-moe[plot]'") from None
     with progress_bar(f"reading {args.checkpoint.name}", 0) as advance:
-        report = check_checkpoint(args.checkpoint, progress=_advancing(advance))
+        report = check_checkpoint(args.checkpoint, _advancing(advance), activations)
     if args.html:
         report.write_html(args.html)
     if args.png:
@@ -47,6 +58,16 @@ def run(args) -> int:
     else:
         print_report(report)
     return report.exit_code
+
+
+def _read_activations(path: Path) -> dict[str, float]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict) or not all(type(v) in (int, float) for v in found.values()):
+        raise CheckpointError(f"{path}: must be a JSON object that maps modules to numbers")
+    return found
 
 
 def _advancing(advance):
