@@ -31,6 +31,7 @@ class Plant:
     damage: Callable  # (tensors, config) or, with on_disk, (path)
     also: frozenset = frozenset()
     on_disk: bool = False
+    says: str = ""  # a part of the first place's detail
     options: dict = field(default_factory=dict)  # of check_checkpoint
 
     def make(self, path: Path) -> None:
@@ -46,9 +47,9 @@ class Plant:
 PLANTS: list[Plant] = []
 
 
-def plant(fault: str, place: str, form: str = "modelopt", also=(), on_disk=False, **options):
+def plant(fault: str, place: str, form: str = "modelopt", also=(), on_disk=False, says="", **options):
     def keep(damage):
-        PLANTS.append(Plant(fault, form, place, damage, frozenset(also), on_disk, options))
+        PLANTS.append(Plant(fault, form, place, damage, frozenset(also), on_disk, says, options))
         return damage
 
     return keep
@@ -72,17 +73,17 @@ def requantize(t: dict, module: str, factor: float, w: Tensor | None = None) -> 
 # ---- block scales
 
 
-@plant("nan-scale", f"{UP}.weight_scale")
+@plant("nan-scale", f"{UP}.weight_scale", says="1 of 384, the first at [3, 1]")
 def _(t, config):
     bits(t, f"{UP}.weight_scale")[3, 1] = 0x7F
 
 
-@plant("nan-scale", f"{OSS}.down_proj_weight_scale[2]", form="modelopt-gpt-oss")
+@plant("nan-scale", f"{OSS}.down_proj_weight_scale[2]", form="modelopt-gpt-oss", says="[5, 1]")
 def _(t, config):
     bits(t, f"{OSS}.down_proj_weight_scale")[2, 1, 5] = 0xFF
 
 
-@plant("negative-scale", f"{DOWN}.weight_scale")
+@plant("negative-scale", f"{DOWN}.weight_scale", says="at [5, 2]")
 def _(t, config):
     bits(t, f"{DOWN}.weight_scale")[5, 2] |= 0x80
 
@@ -102,7 +103,7 @@ def _(t, config):
     requantize(t, DOWN, 2.0**13)
 
 
-@plant("lost-blocks", f"{DOWN}.weight_scale")
+@plant("lost-blocks", f"{DOWN}.weight_scale", says="at [7, 3]")
 def _(t, config):
     bits(t, f"{DOWN}.weight_scale")[7, 3] = 0
 
@@ -265,18 +266,18 @@ def _(t, config):
 # ---- MXFP4 exponents
 
 
-@plant("e8m0-nan", f"{V4}.w1.scale", form="deepseek-v4")
+@plant("e8m0-nan", f"{V4}.w1.scale", form="deepseek-v4", says="at [4, 1]")
 def _(t, config):
     bits(t, f"{V4}.w1.scale")[4, 1] = 255
 
 
-@plant("e8m0-nan-zero", f"{V4}.w1.scale", form="deepseek-v4")
+@plant("e8m0-nan-zero", f"{V4}.w1.scale", form="deepseek-v4", says="at [4, 1]")
 def _(t, config):
     t[f"{V4}.w1.weight"][4, 16:32] = 0
     bits(t, f"{V4}.w1.scale")[4, 1] = 255
 
 
-@plant("e8m0-zero-byte", f"{OSS}.down_proj_scales[3]", form="gpt-oss", also={"e8m0-spread"})
+@plant("e8m0-zero-byte", f"{OSS}.down_proj_scales[3]", form="gpt-oss", also={"e8m0-spread"}, says="at [2, 1]")
 def _(t, config):
     t[f"{OSS}.down_proj_scales"][3, 2, 1] = 0
 

@@ -105,6 +105,17 @@ def _(t, config):
         del t[name]
 
 
+@plant("expert-count", "model.layers.0.mlp.experts", says="4 of 3")
+def _(t, config):
+    config["num_experts"] = 3
+
+
+@plant("expert-count", "model.layers.0.mlp.experts", says="missing 1")
+def _(t, config):
+    for name in [name for name in t if name.startswith(EXPERT + ".")]:
+        t[name.replace("experts.1.", "experts.9.")] = t.pop(name)
+
+
 @plant("expert-count", "gate_up_proj", form="gpt-oss")
 def _(t, config):
     config["num_local_experts"] = 8

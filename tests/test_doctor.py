@@ -24,6 +24,7 @@ def test_every_planted_fault_is_found_and_nothing_else(plant, tmp_path):
     finding = found[plant.fault]
     wanted = str(tmp_path) if plant.place == "{path}" else plant.place
     assert wanted in finding.places[0].name, finding.places
+    assert plant.says in finding.places[0].detail
     assert (finding.check, finding.severity) == (FAULTS[plant.fault].check, FAULTS[plant.fault].severity)
     assert set(found) - KNOWN - plant.also <= {plant.fault}, [f"{f}: {found[f].places[0]}" for f in found]
     assert report.exit_code == max(EXIT_CODE[f.severity] for f in report.findings)
