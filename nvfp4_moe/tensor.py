@@ -150,7 +150,7 @@ def _candidates(rows: Tensor, scale: Tensor, method: str):
 
     mse needs no others than b - 7 .. b + 9. Let m be the maximum. Above 2 m / 6 nothing is gained: half that
     scale still reaches m, and its grid holds every step of the coarser one up to there. Below 2/3 of m / 6
-    m alone, clipped, loses m^2 / 9, and all that 15 others could gain is 15 (m / 12)^2, half a step of b each.
+    m alone, clipped, loses m^2 / 9, and 15 others gain 15 (m / 12)^2 at most, half a step of b each.
     """
     base = (rows.abs().amax(-1) / (E2M1_MAX * scale[:, None])).nan_to_num(0.0).clamp(2.0**-9, E4M3_MAX)
     yield e4m3_encode(base)
