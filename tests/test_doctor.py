@@ -1,6 +1,8 @@
 """The doctor finds every fault it knows, names the place, and says nothing about checkpoints without one."""
 
 import json
+import re
+from pathlib import Path
 
 import checkpoints
 import doctor_file_faults  # noqa: F401  its plants
@@ -108,3 +110,11 @@ def test_a_probe_measures_what_the_check_wants(tmp_path):
     report = check_checkpoint(tmp_path, activations=probe.amax)
     assert [f.fault for f in report.findings if f.severity == "error"] == ["activation-far-above"]
     assert "2.50 times" in report.findings[0].places[0].detail
+
+
+def test_the_manual_names_every_check():
+    manual = (Path(__file__).parents[1] / "docs/doctor.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `([\w-]+)` \|", manual, re.M)
+    assert [(int(number), name) for number, name in rows] == list(enumerate(CHECKS, 1))
+    for finding in re.findall(r"^(?:error|warning|info) +(?!CUDA)(.+)$", manual, re.M):
+        assert finding in {fault.title for fault in FAULTS.values()}, finding

@@ -102,15 +102,15 @@ FAULTS = {
     ),
     "gate-up-differ": Fault(
         "gate-up", WARNING, "gate and up have different global scales",
-        "exact here (alpha is [E, 2]); engines that take gate's for both get up wrong by as much as shown",
+        "exact in nvfp4_moe (alpha is [E, 2]); engines that take gate's for both get up wrong by as much as shown",
     ),
     "gate-up-far": Fault(
         "gate-up", ERROR, "gate and up have global scales more than 25 % apart",
-        "exact here (alpha is [E, 2]); elsewhere export again with gate and up quantized under one amax",
+        "exact in nvfp4_moe (alpha is [E, 2]); elsewhere export again, gate and up under one amax",
     ),
     "qkv-differ": Fault(
         "qkv", WARNING, "projections that engines fuse have different global scales",
-        "exact here (alpha per row); engines that take the largest for all get the others too large",
+        "exact in nvfp4_moe (alpha per row); engines that take the largest for all get the others too large",
     ),
     "folds-badly": Fault(
         "folding", INFO, "an engine that folds the global scale into E4M3 would lose blocks of this tensor",
@@ -186,15 +186,15 @@ FAULTS = {
     ),
     "e8m0-nan-zero": Fault(
         "e8m0", WARNING, "exponent byte 255 (NaN) on blocks of zeros",
-        "harmless here: read as zero; elsewhere the block may turn NaN",
+        "harmless in nvfp4_moe: read as zero; elsewhere the block may turn NaN",
     ),
     "e8m0-zero-byte": Fault(
         "e8m0", WARNING, "exponent byte 0 on blocks that are not zero: 2^-127, which some readers take for 0",
-        "nothing is lost here; the weights are as good as zero",
+        "nothing is lost in nvfp4_moe; the weights are as good as zero",
     ),
     "e8m0-stray": Fault(
         "e8m0", WARNING, "exponents of all-zero blocks lie above every other block's",
-        "harmless here; converters that look at exponents alone scale the whole tensor to zero by it",
+        "harmless in nvfp4_moe; converters that look at exponents alone scale the whole tensor to zero by it",
     ),
     "e8m0-spread": Fault(
         "e8m0", WARNING, "exponents span more than 17: NVFP4 cannot hold the tensor without loss",

@@ -62,7 +62,7 @@ class Distributions:
             "log2",
             edges,
             tuple(totals.tolist()),
-            f"{int(self.scales[0])} are 0",
+            f"{int(self.scales[0])} scales are 0",
         )
 
     def _mx_exponents(self) -> Histogram | None:
