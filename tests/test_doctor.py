@@ -116,5 +116,5 @@ def test_the_manual_names_every_check():
     manual = (Path(__file__).parents[1] / "docs/doctor.md").read_text()
     rows = re.findall(r"^\| (\d+) \| `([\w-]+)` \|", manual, re.M)
     assert [(int(number), name) for number, name in rows] == list(enumerate(CHECKS, 1))
-    for finding in re.findall(r"^(?:error|warning|info) +(?!CUDA)(.+)$", manual, re.M):
+    for finding in re.findall(r"^(?:error|warning|info) +(?! |CUDA)(.+)$", manual, re.M):
         assert finding in {fault.title for fault in FAULTS.values()}, finding

@@ -102,7 +102,7 @@ FAULTS = {
     ),
     "gate-up-differ": Fault(
         "gate-up", WARNING, "gate and up have different global scales",
-        "exact in nvfp4_moe (alpha is [E, 2]); engines that take gate's for both get up wrong by as much as shown",
+        "exact in nvfp4_moe (alpha is [E, 2]); others take gate's for both, and err as shown",
     ),
     "gate-up-far": Fault(
         "gate-up", ERROR, "gate and up have global scales more than 25 % apart",

@@ -64,8 +64,8 @@ def _nan(unit: Unit, table: Table, packed: Tensor, scales: Tensor, found: Collec
 
 
 def _saturation(unit: Unit, table: Table, found: Collector) -> None:
-    """Blocks at 448 that use the largest code: a Gaussian matrix of 2048 x 2048 has 2 or so, and hundreds with
-    an amax 1.25 too small. (Searched scales put more blocks at 448, whose largest code is then 4.)"""
+    """Blocks at 448 that use the largest code: a Gaussian matrix of 2048 x 2048 has about 2, and hundreds
+    with an amax 1.25 too small. (Searched scales put more blocks at 448, whose largest code is then 4.)"""
     count = int(table.counts[SATURATED, SIX])
     if count > max(FEW, 1e-4 * table.blocks):
         detail = f"{count} of {table.blocks} blocks ({count / table.blocks:.2%})"
