@@ -10,7 +10,8 @@ import pytest
 import torch
 from doctor_faults import PLANTS
 
-from nvfp4_moe.diagnostics import CHECKS, FAULTS, ActivationProbe, check_checkpoint
+from nvfp4_moe.checkpoint import Shards
+from nvfp4_moe.diagnostics import CHECKS, FAULTS, ActivationProbe, check_checkpoint, units
 from nvfp4_moe.diagnostics.finding import EXIT_CODE, INFO
 
 # facts of the tiny checkpoints that are worth a line of information and no more
@@ -92,6 +93,21 @@ def test_progress_counts_every_byte_once(tmp_path):
     check_checkpoint(tmp_path, progress=lambda done, total: seen.append((done, total)))
     assert len(seen) == 24 and seen[-1][0] == seen[-1][1]
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+@pytest.mark.parametrize("form", ["modelopt", "gpt-oss", "modelopt-llama4"])
+def test_a_matrix_at_a_time(form, tmp_path, monkeypatch):
+    """Mapped pages are let go again and again, and no more than an expert's matrix is looked at."""
+    checkpoints.make(tmp_path, form)
+    released, largest = [], []
+    table = units.block_table
+    monkeypatch.setattr(units, "RELEASE", 4096)
+    monkeypatch.setattr(Shards, "release", lambda self: released.append(self))
+    monkeypatch.setattr(units, "block_table", lambda p, s: largest.append(p.numel()) or table(p, s))
+    assert check_checkpoint(tmp_path).exit_code == 0
+    experts, rows, columns = 4, 192, 64
+    assert len(largest) >= 2 * experts and max(largest) <= rows * columns // 2
+    assert len(released) >= len(largest) // 4
 
 
 def test_a_probe_measures_what_the_check_wants(tmp_path):
