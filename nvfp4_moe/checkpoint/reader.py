@@ -12,7 +12,7 @@ from torch import Tensor
 from ..tensor import Mxfp4Tensor, Nvfp4Tensor
 from .claims import METHODS, read_claims
 from .dialects import GROUP, NVFP4, Module, find_modules, refusal
-from .header import CheckpointError
+from .header import CheckpointError, no_collection
 from .moe import MoeWeights, assemble, find_moe_layers
 from .shards import Shards
 
@@ -46,10 +46,11 @@ class Checkpoint:
         if why:
             raise CheckpointError(f"{shards.path}: {why}")
         self.claims = read_claims(shards.config, shards.quant_config)
-        found = find_modules(shards.tensors, self.errors, self.claims.group_size)
-        for name, module in found.items():
-            compute = self.claims.compute(name, module.kind, "input_scale" in module.tensors)
-            found[name] = replace(module, compute=compute)
+        with no_collection():
+            found = find_modules(shards.tensors, self.errors, self.claims.group_size)
+            for name, module in found.items():
+                compute = self.claims.compute(name, module.kind, "input_scale" in module.tensors)
+                found[name] = replace(module, compute=compute)
         self.modules: Mapping[str, Module] = MappingProxyType(found)
         self.format = self._format()
         self._find_orphans()

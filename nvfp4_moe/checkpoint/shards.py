@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from .header import DTYPES, CheckpointError, TensorInfo, open_regular, parse_json, read_header
+from .header import DTYPES, CheckpointError, TensorInfo, no_collection, open_regular, parse_json, read_header
 
 INDEX = "model.safetensors.index.json"
 JOURNAL = "nvfp4-unfinished.json"  # of ShardWriter: while it is there, the directory is not a checkpoint
@@ -46,18 +46,11 @@ class Shards(Mapping):
         self.files = self._find_files()
         self.config = self._read_json("config.json") or {}
         self.quant_config = self._read_json("hf_quant_config.json")
-        tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, dict[str, str]] = {}
-        for file in self.files:
-            found, self.metadata[file.name] = read_header(file)
-            doubled = tensors.keys() & found.keys()
-            if doubled:
-                name = min(doubled)
-                raise CheckpointError(f"{name!r} is both in {tensors[name].file} and in {file}")
-            tensors |= found
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
-        self.index = self._read_json(INDEX)
-        self._check_index()
+        with no_collection():
+            self.tensors: Mapping[str, TensorInfo] = MappingProxyType(self._read_headers())
+            self.index = self._read_json(INDEX)
+            self._check_index()
 
     def __iter__(self):
         return iter(self.tensors)
@@ -174,6 +167,17 @@ class Shards(Mapping):
             raise CheckpointError(f"{path}: more than {MAX_JSON} bytes")
         return parse_json(path, text, name)
 
+    def _read_headers(self) -> dict[str, TensorInfo]:
+        tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            found, self.metadata[file.name] = read_header(file)
+            doubled = tensors.keys() & found.keys()
+            if doubled:
+                name = min(doubled)
+                raise CheckpointError(f"{name!r} is both in {tensors[name].file} and in {file}")
+            tensors |= found
+        return tensors
+
     def _check_index(self) -> None:
         if self.index is None:
             if len(self.files) > 1:
@@ -182,7 +186,7 @@ class Shards(Mapping):
         where = self.index.get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
             raise CheckpointError(f"{self.path / INDEX}: weight_map must map names to files")
-        files = {file.name for file in self.files}
+        files = {file.name: file for file in self.files}
         for file in sorted(set(where.values())):
             if PurePosixPath(file).name != file or "\\" in file or file in ("", ".", ".."):
                 raise CheckpointError(
@@ -194,7 +198,7 @@ class Shards(Mapping):
             "the index lacks": [n for n in self.tensors if n not in where],
             "the index names, and no shard has": [n for n in where if n not in self.tensors],
             "the index puts into another shard": [
-                n for n, f in where.items() if n in self.tensors and self.tensors[n].file.name != f
+                n for n, f in where.items() if n in self.tensors and self.tensors[n].file != files[f]
             ],
         }
         for what, names in index_says.items():
