@@ -90,18 +90,8 @@ def _multipliers(checkpoint: Checkpoint, module: Module, role: str, found: Colle
 def read_unit(checkpoint: Checkpoint, unit: Unit) -> tuple[Tensor, Tensor]:
     """(packed uint8 [N, K/2], scale bytes uint8 [N, blocks]) of one unit; views of the file where its layout
     allows."""
-    module = unit.module
-    N, K = module.shape
-
-    def one(role: str, columns: int) -> Tensor:
-        name = module.tensors[role]
-        whole = checkpoint.shards[name] if unit.expert is None else checkpoint.shards.rows(name, unit.expert)
-        data = whole.view(torch.uint8)
-        if module.dialect.layout == "columns":
-            data = data.reshape(columns, N).T.contiguous()
-        return data.reshape(N, columns)
-
-    return one("packed", K // 2), one("sf" if unit.nvfp4 else "e8m0", K // module.group)
+    weight = checkpoint.weight(unit.module.name, check=False, experts=unit.expert)
+    return weight.packed, (weight.sf if unit.nvfp4 else weight.e8m0).view(torch.uint8)
 
 
 def stream(
