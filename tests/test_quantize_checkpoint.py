@@ -170,3 +170,16 @@ def test_an_activation_amax_makes_it_w4a4(tmp_path):
     assert {m.compute for m in after.modules.values()} == {"nvfp4"}
     said = json.loads((tmp_path / "target/hf_quant_config.json").read_text())["quantization"]
     assert said["quant_algo"] == "NVFP4" and "model.layers.*.mlp.gate" in said["exclude_modules"]
+
+
+@pytest.mark.parametrize("to", ["modelopt", "compressed-tensors"])
+def test_the_config_names_a_layer_in_full_where_a_star_would_hit_a_quantized_one(to, tmp_path):
+    make(tmp_path / "source", "bf16")
+    plan = plan_quantization(tmp_path / "source", to, layers="linears", exclude=[r"re:model\.layers\.0\."])
+    plan.run(tmp_path / "target")
+    after = open_checkpoint(tmp_path / "target")
+    ignored = json.loads((tmp_path / "target/config.json").read_text())["quantization_config"]["ignore"]
+    assert "model.layers.0.self_attn.q_proj" in ignored and "model.layers.*.self_attn.q_proj" not in ignored
+    assert all("layers.1." in name for name in after.modules)
+    assert not any(after.claims.excludes(name) for name in after.modules)
+    assert after.claims.excludes("model.layers.0.self_attn.q_proj") and after.claims.excludes("lm_head")

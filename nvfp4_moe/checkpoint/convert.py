@@ -161,7 +161,7 @@ def _planned(checkpoint: Checkpoint, layout: Layout, part: Part, scale: Tensor |
 
 
 def _run(checkpoint, group, expert, parts: list[Part], layout: Layout, method, scale, device) -> Made:
-    source = [_weight(checkpoint, m, expert) for m in group]
+    source = [checkpoint.weight(m.name, experts=expert) for m in group]
     whole, result = source[0], source[0]
     if isinstance(whole, Mxfp4Tensor):
         if len(group) > 1:
@@ -197,15 +197,6 @@ def _own_scalars(checkpoint: Checkpoint, part: Part, layout: Layout) -> dict[str
     roles = suffix.keys() & module.tensors.keys()
     stored = {role: checkpoint.shards[module.tensors[role]] for role in roles}
     return {part.name + suffix[role]: value.reshape(layout.scalar) for role, value in stored.items()}
-
-
-def _weight(checkpoint: Checkpoint, module: Module, expert: int | None) -> Mxfp4Tensor | Nvfp4Tensor:
-    if expert is None:
-        return checkpoint.weight(module.name)
-    weight = checkpoint.weight(module.name, check=expert == 0)  # of all experts, once
-    if isinstance(weight, Mxfp4Tensor):
-        return Mxfp4Tensor(weight.packed[expert], weight.e8m0[expert])
-    return Nvfp4Tensor(weight.packed[expert], _rows(weight.sf, expert), weight.alpha[expert])
 
 
 def _rows(sf: Tensor, index) -> Tensor:
