@@ -205,3 +205,16 @@ def test_unknown_names_say_what_there_is(tiny):
         checkpoint.weight("lm_head")
     with pytest.raises(CheckpointError, match="no tensor 'x'"):
         checkpoint.shards["x"]
+
+
+def test_a_scale_of_zero_is_a_tensor_of_zeros_but_no_divisor(tiny, tmp_path):
+    zero = {f"{MODULE}.weight_scale_2": torch.tensor(0.0)}
+    assert (
+        not open_checkpoint(remade(tiny("modelopt"), tmp_path / "a", **zero))
+        .weight(MODULE)
+        .dequantize()
+        .any()
+    )
+    zero = {f"{MODULE}.weight_global_scale": torch.tensor([0.0])}
+    with pytest.raises(CheckpointError, match="must be finite and positive"):
+        open_checkpoint(remade(tiny("compressed-tensors-nvfp4"), tmp_path / "b", **zero)).weight(MODULE)
