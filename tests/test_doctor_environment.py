@@ -15,8 +15,6 @@ from nvfp4_moe.diagnostics.libraries import architectures
 
 # by its path: the package has a function of that name
 environment = import_module("nvfp4_moe.diagnostics.environment")
-    "nvfp4_moe.diagnostics.environment"
-]  # the package's name is the function
 
 
 def rows(check, severity=None):
