@@ -20,6 +20,7 @@ from compare import assert_same_bits
 
 from nvfp4_moe import Nvfp4Tensor, formats
 from nvfp4_moe.checkpoint import CheckpointError, Shards, ShardWriter, open_checkpoint
+from nvfp4_moe.checkpoint.convert import plan_conversion
 
 SIZES = (models.H, models.I, models.E)
 
@@ -216,6 +217,46 @@ def test_compressed_tensors_decompresses_our_mxfp4():
     value = weights.put_ct_mxfp4(ours, "m", weights.random_weight(64, 96))
     back = MXFP4PackedCompressor.decompress({k.removeprefix("m."): t for k, t in ours.items()}, scheme)
     assert_same_bits(back["weight"].float(), value)
+
+
+def test_compressed_tensors_own_converter_of_modelopt_gives_our_bytes(tmp_path):
+    needs("compressed_tensors")
+    from compressed_tensors.entrypoints.convert.converters.modelopt_nvfp4 import ModelOptNvfp4Converter
+
+    truth = make(tmp_path / "modelopt", "modelopt", mismatched=True)
+    experts = ModelOptNvfp4Converter(targets=["re:.*experts.*_proj$"])
+    theirs = experts.process(dict(truth.tensors))
+    plan_conversion(truth.path, "compressed-tensors").run(tmp_path / "ours")
+    ours = Shards(tmp_path / "ours")
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():  # it leaves scalars [], its own compressor writes [1], as we do
+        assert_same_bits(ours[name].reshape(tensor.shape), tensor, name)
+
+
+@pytest.mark.parametrize("compute", ["nvfp4", "bf16"])
+def test_transformers_reads_what_is_renamed_to_compressed_tensors(tmp_path, compute):
+    """Tensors, index and config.json are all the converter's."""
+    needs("compressed_tensors")
+    transformers = needs("transformers")
+    put = weights.put_modelopt if compute == "nvfp4" else weights.put_modelopt_w4a16
+    said = checkpoints.modelopt_config() if compute == "nvfp4" else checkpoints.W4A16
+    tensors, values = models.rest_of(models.QWEN3, SIZES, 2), {}
+    for name in [n.removesuffix(".weight") for n in tensors if ".mlp." in n]:
+        values[name] = put(tensors, name, tensors.pop(f"{name}.weight"))
+    config = models.config_of(models.QWEN3, SIZES, 2) | {"quantization_config": said}
+    write_directory(tmp_path / "modelopt", tensors, config)
+    plan_conversion(tmp_path / "modelopt", "compressed-tensors").run(tmp_path / "ct", max_shard_bytes=50_000)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ct", dtype=torch.bfloat16, output_loading_info=True,
+        quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
+    )  # fmt: skip
+    assert not found["missing_keys"]
+    # dequantized, it has no use for these
+    assert all(name.endswith(".input_global_scale") for name in found["unexpected_keys"])
+    state = model.state_dict()
+    for name, value in values.items():
+        got = state[f"{name}.weight"].float()
+        torch.testing.assert_close(got, value.bfloat16().float(), rtol=2**-7, atol=0)  # alpha is rounded once
 
 
 # ---- ModelOpt ----

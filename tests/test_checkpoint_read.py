@@ -123,6 +123,19 @@ def expected_experts(truth, prefix, interleaved):
     raise AssertionError(prefix)
 
 
+@pytest.mark.parametrize("form", ["gpt-oss", "gpt-oss-original", "modelopt-gpt-oss"])
+def test_biases_go_with_their_rows(tiny, form):
+    truth = tiny(form)
+    prefix = truth.moe[1]
+    hf = ("experts.gate_up_proj_bias", "experts.down_proj_bias")
+    names = ("mlp1_bias", "mlp2_bias") if "original" in form else hf
+    gate_up, down = (truth.tensors[f"{prefix}.{n}"].float() for n in names)
+    gate, up, got_down = open_checkpoint(truth.path).moe(prefix).biases()
+    assert_same_bits(gate.contiguous(), gate_up[:, 0::2].contiguous())
+    assert_same_bits(up.contiguous(), gate_up[:, 1::2].contiguous())
+    assert_same_bits(got_down, down)
+
+
 def test_gate_and_up_keep_their_own_alphas(tiny):
     moe = open_checkpoint(tiny("modelopt").path).moe("model.layers.0.mlp")
     assert moe.w13.alpha.shape == (4, 2)
