@@ -96,6 +96,17 @@ def test_a_file_larger_than_memory_opens_at_once_and_gives_single_rows(tmp_path)
     assert shards.rows("big", 77).sum() == 5 * width and shards.rows("big", 78).sum() == 0
 
 
+def test_a_file_that_shrinks_after_it_was_opened_is_an_error(tmp_path):
+    write_directory(tmp_path, {"x": torch.zeros(4096), "y": torch.zeros(4096)}, {})
+    shards = Shards(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 20_000)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: shrank to 20000 bytes since it was opened"
+    ):
+        shards["y"]
+    assert shards.get("z") is None and shards.get("x") is not None
+
+
 # ---- the index ----
 
 

@@ -8,7 +8,6 @@ import mmap
 import re
 import sys
 import threading
-import warnings
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -61,6 +60,9 @@ class Shards(Mapping):
     def __contains__(self, name) -> bool:
         return name in self.tensors
 
+    def get(self, name: str, default=None):
+        return self[name] if name in self.tensors else default
+
     def __getitem__(self, name: str) -> Tensor:
         """Copy-on-write pages of the file: a write to the tensor never reaches the disk."""
         info = self._info(name)
@@ -105,9 +107,10 @@ class Shards(Mapping):
         nbytes = prod(shape) * dtype.itemsize
         if not nbytes:
             return torch.empty(shape, dtype=dtype)
-        with warnings.catch_warnings():  # numpy is not needed, and torch says so
-            warnings.simplefilter("ignore")
-            data = torch.frombuffer(self._map(info.file), dtype=torch.uint8, count=nbytes, offset=begin)
+        pages = self._map(info.file)
+        if begin + nbytes > len(pages):
+            raise CheckpointError(f"{info.file}: shrank to {len(pages)} bytes since it was opened")
+        data = torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=begin)
         if data.data_ptr() % dtype.itemsize:
             data = data.clone()
         return data.view(dtype).view(shape)
