@@ -127,6 +127,13 @@ def _(t, config):
         del t[name]
 
 
+@plant("expert-parts", EXPERT, says="no gate")  # half of the layer's experts: the layer still has gates
+def _(t, config):
+    for name in [name for name in t if name.startswith("model.layers.0.") and "gate_proj" in name]:
+        if ".experts.1." in name or ".experts.2." in name:
+            del t[name]
+
+
 @plant("refused", "{path}")
 def _(t, config):
     t[f"{DOWN}.comfy_quant"] = torch.zeros(8, dtype=torch.uint8)

@@ -61,7 +61,7 @@ def test_damaged_checkpoints_are_reported(form, tmp_path):
     truth = checkpoints.make(tmp_path, form)
     rng = torch.Generator().manual_seed(FORMS.index(form))
     found = set()
-    for _ in range(60):
+    for _ in range(40):
         t = {name: tensor.clone() for name, tensor in truth.tensors.items()}
         config = json.loads(json.dumps(truth.config))
         for _ in range(1 + int(torch.randint(3, (), generator=rng))):
