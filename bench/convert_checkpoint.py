@@ -1,11 +1,12 @@
-"""`nvfp4 convert` on a synthetic checkpoint with the names and shapes of DeepSeek-V4-Flash: MB/s and peak memory.
+"""`nvfp4 convert` on a synthetic checkpoint with DeepSeek-V4-Flash's names and shapes: MB/s and peak memory.
 
     python bench/convert_checkpoint.py FOLDER [--gigabytes 2] [--shard-megabytes 512] [--keep]
 
-Experts are Gaussian in MXFP4 (I8 codes, E8M0 scales), attention and shared experts FP8; layers are added until the
-size is reached, experts 64 a layer. The conversion runs in a process of its own with the source's pages dropped from
-the page cache first; MB/s counts source bytes over its whole wall time, from the command to the last fsync. Peak
-memory is the process's largest resident set; beside it that of a process that only imports the package.
+Experts are Gaussian in MXFP4 (I8 codes, E8M0 scales), attention and shared experts FP8; layers are added till
+the size is reached, experts 64 a layer. The conversion runs in a process of its own with the source's pages
+dropped from the page cache first; MB/s counts source bytes over its whole wall time, from the command to the
+last fsync. Peak memory is the process's largest resident set; beside it that of a process that only imports
+the package.
 """
 
 import argparse
@@ -27,7 +28,8 @@ HIDDEN, INTER, EXPERTS = 4096, 2048, 64
 E8M0 = "F8_E8M0"
 CONFIG = {
     "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "hidden_size": HIDDEN,
-    "moe_intermediate_size": INTER, "n_routed_experts": EXPERTS, "num_experts_per_tok": 6, "expert_dtype": "fp4",
+    "moe_intermediate_size": INTER, "n_routed_experts": EXPERTS, "num_experts_per_tok": 6,
+    "expert_dtype": "fp4",
     "quantization_config": {
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "ue8m0",
         "weight_block_size": [128, 128],
@@ -90,14 +92,18 @@ def run(command: list[str]) -> tuple[float, float]:
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
     )
     start = time.perf_counter()
-    out = subprocess.run([sys.executable, "-c", code, *command], check=True, stdout=subprocess.PIPE, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code, *command], check=True, stdout=subprocess.PIPE, text=True
+    )
     seconds = time.perf_counter() - start
     print("".join(line + "\n" for line in out.stdout.splitlines()[:-1]))
     return seconds, float(out.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--shard-megabytes", type=int, default=512)

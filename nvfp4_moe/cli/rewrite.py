@@ -69,7 +69,8 @@ def run_convert(args) -> int:
     if args.dry_run:
         _describe(plan, args)
         sure, total = surely_exact(args.source)
-        print(f"exact by their exponents alone: {sure} of {total} matrices")
+        if total:
+            print(f"exact by their exponents alone: {sure} of {total} matrices")
         return 0
     return _execute(plan, args, "converting")
 
