@@ -165,6 +165,15 @@ def test_block_scales_that_make_no_sense_name_their_place(tiny, tmp_path, form, 
         checkpoint.moe("model.layers.0.mlp")
 
 
+def test_the_place_is_where_it_lies_in_the_file(tiny, tmp_path):
+    truth, name = tiny("modelopt-llama4"), "model.layers.0.feed_forward.experts.gate_up_proj"
+    scale = truth.tensors[f"{name}_weight_scale"].clone()
+    scale.view(torch.uint8)[2, 3, 150] = 0x7F
+    path = remade(truth, tmp_path, **{f"{name}_weight_scale": scale})
+    with pytest.raises(CheckpointError, match=r"gate_up_proj_weight_scale: .* at \[2, 3, 150\], 1 of 3072"):
+        open_checkpoint(path).weight(name)
+
+
 def test_a_nan_exponent_on_a_block_of_zeros_is_harmless(tiny, tmp_path):
     truth, name = tiny("compressed-tensors-mxfp4"), MODULE
     scale, packed = (truth.tensors[f"{name}.weight_{s}"].clone() for s in ("scale", "packed"))

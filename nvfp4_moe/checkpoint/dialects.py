@@ -33,8 +33,7 @@ class Dialect:
 E4M3, E8M0, BYTE, I8 = ("F8_E4M3",), ("F8_E8M0",), ("U8",), ("I8",)
 
 DIALECTS = (
-    # Quark stands before ModelOpt: the bytes and names are the same but for input_scale_2
-    Dialect(
+    Dialect(  # AMD Quark's NVFP4 too: the same but for input_scale_2
         "modelopt-nvfp4", NVFP4, ".weight", BYTE, ".weight_scale", E4M3, ".weight_scale_2",
         input_scale=(".input_scale", ".input_scale_2"), pre_quant_scale=".pre_quant_scale",
     ),
@@ -58,6 +57,9 @@ DIALECTS = (
     Dialect("deepseek-v4-fp4", MXFP4, ".weight", I8, ".scale", E8M0),
     Dialect("quark-mxfp4", MXFP4, ".weight", BYTE, ".weight_scale", BYTE + E8M0),
 )  # fmt: skip
+
+# what may follow a module's name
+SUFFIXES = {s for d in DIALECTS for s in (d.packed, d.scale, d.alpha) if s}
 
 # Layouts we know and do not read: what gives each away, and why not.
 REFUSED = {

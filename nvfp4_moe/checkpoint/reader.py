@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..tensor import Mxfp4Tensor, Nvfp4Tensor
 from .claims import METHODS, read_claims
-from .dialects import GROUP, NVFP4, Module, find_modules, refusal
+from .dialects import GROUP, NVFP4, SUFFIXES, Module, find_modules, refusal
 from .header import CheckpointError, no_collection
 from .moe import MoeWeights, assemble, find_moe_layers
 from .shards import Shards
@@ -155,6 +155,8 @@ class Checkpoint:
                 wrong &= (weight.packed.unflatten(-1, (-1, 16)) & 0x77 != 0).any(-1)
         if wrong.any():
             at = wrong.nonzero()[0].tolist()
+            at[-1] //= module.group // GROUP[module.kind]  # where it lies in the file
+            at = [*at[:-2], at[-1], at[-2]] if module.dialect.layout == "columns" else at
             raise CheckpointError(
                 f"{module.tensors[role]}: {what} at {at}, {int(wrong.sum())} of {wrong.numel()}"
             )
@@ -180,8 +182,10 @@ class Checkpoint:
             codes = info.dtype == "U8" and name.endswith((".weight", ".weight_packed", "_blocks", ".blocks"))
             scales = name.endswith((".weight_scale", "_weight_scale")) and info.dtype == "F8_E4M3"
             scales |= name.endswith((".weight_scale_2", ".weight_global_scale"))
-            if not (codes or scales) or name in self._owned or any(name.startswith(n) for n in named):
+            if not (codes or scales) or name in self._owned:
                 continue
+            if name in named or any(name.removesuffix(s) in named for s in SUFFIXES):
+                continue  # of a module whose fault is known
             what = "packed codes without block scales" if codes else "a scale without packed codes"
             self.errors.append(f"{name}: {what} ({info.dtype} {list(info.shape)})")
 
