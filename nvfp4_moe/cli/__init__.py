@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print(f"nvfp4 {args.command}: interrupted{getattr(args, 'hint', '')}", file=sys.stderr)
         return INTERRUPTED
