@@ -33,6 +33,7 @@ def test_every_type_comes_out_with_its_bytes(tmp_path):
     for name, tensor in SAMPLES.items():
         got = shards[name]
         assert got.dtype == tensor.dtype and got.shape == tensor.shape, name
+        assert got.data_ptr() % got.element_size() == 0, name  # wherever it lies in the file
         assert torch.equal(got.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
     assert shards.tensors["fp4"].shape == (2, 8) and shards.tensors["fp4"].dtype == "F4"  # values, not bytes
 
