@@ -26,8 +26,8 @@ EXPERT = re.compile(r"\.experts\.\d+\.")
 STACKED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 # never by default: embeddings, heads, routers, norms, convolutions, and what projects to a handful of numbers
 NOT_LINEARS = re.compile(
-    r"(.+\.)?(\w*embed\w*|wte|wpe|(lm_)?head|\w*norm\w*|gate|router|classifier|score|shared_expert_gate|conv\w*"
-    r"|dt_proj|x_proj)"
+    r"(.+\.)?(\w*embed\w*|wte|wpe|(lm_)?head|\w*norm\w*|gate|router|classifier|score|shared_expert_gate"
+    r"|conv\w*|dt_proj|x_proj)"
 )
 COLUMNS = {"llama4", "llama4_text", "gpt_oss"}  # models that store stacked experts [E, K, N]
 
