@@ -41,7 +41,7 @@ format: .venv/lint
 .venv/built: .venv/torch $(SOURCES)
 	@echo 'building the libraries (log: .venv/build.log)'
 	@$(PY) -m pip install -v --disable-pip-version-check --no-build-isolation --config-settings editable_mode=compat \
-		-e '.[test,demo]' > .venv/build.log 2>&1 || { tail -n 60 .venv/build.log; exit 1; }
+		-e '.[test]' > .venv/build.log 2>&1 || { tail -n 60 .venv/build.log; exit 1; }
 	@grep -oh 'nvfp4_moe: building.*' .venv/build.log | tail -n 1
 	@touch $@
 

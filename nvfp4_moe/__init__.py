@@ -19,7 +19,16 @@ for _chip in sorted(_library.parent.glob("libnvfp4_sm*.so")):
 
 from . import ops  # noqa: E402
 from .layers import Nvfp4GroupedLinear, Nvfp4Linear, Nvfp4MoE, Router, SharedExpert  # noqa: E402
-from .tensor import Nvfp4Tensor  # noqa: E402
+from .tensor import Mxfp4Tensor, Nvfp4Tensor  # noqa: E402
 
-__all__ = ["Nvfp4GroupedLinear", "Nvfp4Linear", "Nvfp4MoE", "Nvfp4Tensor", "Router", "SharedExpert", "ops"]
+__all__ = [
+    "Mxfp4Tensor",
+    "Nvfp4GroupedLinear",
+    "Nvfp4Linear",
+    "Nvfp4MoE",
+    "Nvfp4Tensor",
+    "Router",
+    "SharedExpert",
+    "ops",
+]
 __version__ = "0.1.0"

@@ -1,4 +1,5 @@
-"""Nvfp4Tensor, the dataclass weights travel in: checkpoints and quantizers make it, layers take it."""
+"""Nvfp4Tensor and Mxfp4Tensor, the dataclasses weights travel in: checkpoints and quantizers make them,
+layers take the first."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +8,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import ops
-from .formats import BLOCK, E2M1_MAX, E4M3_MAX, TENSOR_MAX, e2m1_decode, e2m1_encode, e4m3_encode, pack
+from .formats import (
+    BLOCK,
+    E2M1_MAX,
+    E4M3_MAX,
+    E4M3_NAN,
+    MX_BLOCK,
+    TENSOR_MAX,
+    e2m1_decode,
+    e2m1_encode,
+    e4m3_encode,
+    e8m0_decode,
+    pack,
+    unpack,
+)
 
 METHODS = ("amax", "four_over_six", "mse")
 
@@ -18,7 +32,7 @@ class Nvfp4Tensor:
 
     packed: Tensor  # [.., N, K/2] uint8, low nibble is the even k
     sf: Tensor  # [.., N, S] float8_e4m3fn, linear
-    alpha: Tensor  # [..] float32, a multiplier
+    alpha: Tensor  # [..] float32, a multiplier; [.., 2]: of the first and of the second half of N (gate, up)
 
     @property
     def shape(self) -> torch.Size:
@@ -31,7 +45,10 @@ class Nvfp4Tensor:
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return ops.dequantize(self.packed, self.sf, self.alpha[..., None], dtype)
+        alpha = self.alpha[..., None]  # one for each row
+        if self.alpha.dim() == self.packed.dim() - 1:
+            alpha = self.alpha.repeat_interleave(self.packed.shape[-2] // 2, -1)
+        return ops.dequantize(self.packed, self.sf, alpha, dtype)
 
     def padded(self, N: int, K: int) -> "Nvfp4Tensor":
         """Grown to [.., N, K] with zero codes (and zero scales, so the padding is 0 whatever alpha is)."""
@@ -66,6 +83,37 @@ class Nvfp4Tensor:
         return Nvfp4Tensor(packed, sf, alpha)
 
 
+@dataclass(frozen=True)
+class Mxfp4Tensor:
+    """w[.., n, k] = e2m1(packed) * 2^(e8m0 - 127)"""
+
+    packed: Tensor  # [.., N, K/2] uint8, low nibble is the even k
+    e8m0: Tensor  # [.., N, K/32] uint8
+
+    @property
+    def shape(self) -> torch.Size:
+        """The logical shape [.., N, K]."""
+        return torch.Size((*self.packed.shape[:-1], 2 * self.packed.shape[-1]))
+
+    def to(self, device) -> "Mxfp4Tensor":
+        return replace(self, packed=self.packed.to(device), e8m0=self.e8m0.to(device))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        scale = e8m0_decode(self.e8m0).repeat_interleave(MX_BLOCK, -1)
+        return (e2m1_decode(unpack(self.packed)) * scale).to(dtype)
+
+    def to_nvfp4(self, method: str = "best") -> Nvfp4Tensor:
+        """ops.mxfp4_to_nvfp4; a block whose exponent NVFP4 cannot hold is an error."""
+        weight = Nvfp4Tensor(*ops.mxfp4_to_nvfp4(self.packed, self.e8m0, method))
+        wrong = weight.sf.view(torch.uint8) == E4M3_NAN
+        if wrong.any():
+            at = wrong.nonzero()[0]
+            at[-1] //= MX_BLOCK // BLOCK
+            byte = int(self.e8m0[tuple(at.tolist())])
+            raise ValueError(f"Mxfp4Tensor.to_nvfp4: e8m0 byte {byte} at {at.tolist()} has no NVFP4 value")
+        return weight
+
+
 def _finite_amax(w: Tensor) -> Tensor:
     """[.., N, K] -> float32 [..]"""
     return torch.where(w.isfinite(), w.float().abs(), 0.0).amax((-1, -2))
@@ -98,11 +146,17 @@ def _quantize_searching(
 
 
 def _candidates(rows: Tensor, scale: Tensor, method: str):
-    """Scales float8_e4m3fn [rows, S] to try; the first is the amax rule's."""
+    """Scales float8_e4m3fn [rows, S] to try; the first is the amax rule's, a byte b.
+
+    mse needs no others than b - 7 .. b + 9. Let m be the maximum. Above 2 m / 6 nothing is gained: half that
+    scale still reaches m, and its grid holds every step of the coarser one up to there. Below 2/3 of m / 6
+    m alone, clipped, loses m^2 / 9, and 15 others gain 15 (m / 12)^2 at most, half a step of b each.
+    """
     base = (rows.abs().amax(-1) / (E2M1_MAX * scale[:, None])).nan_to_num(0.0).clamp(2.0**-9, E4M3_MAX)
     yield e4m3_encode(base)
     if method == "four_over_six":
         yield e4m3_encode((1.5 * base).clamp(max=E4M3_MAX))
         return
-    for byte in range(1, 0x7F):
-        yield torch.full(base.shape, byte, dtype=torch.uint8, device=base.device).view(torch.float8_e4m3fn)
+    byte = e4m3_encode(base).view(torch.uint8).int()
+    for offset in range(-7, 10):  # eight bytes to an octave, and b is rounded
+        yield (byte + offset).clamp(1, 0x7E).to(torch.uint8).view(torch.float8_e4m3fn)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from checkpoints import make
 
 import nvfp4_moe  # noqa: F401  loads the operators
 
@@ -31,3 +32,17 @@ def device(request) -> str:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(20261121)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(form): a checkpoint on the disk, in three shards, made once; gate and up have their own scales."""
+    made = {}
+
+    def get(form: str):
+        if form not in made:
+            path = tmp_path_factory.mktemp(form)
+            made[form] = make(path, form, shards=3, mismatched="v4" not in form)
+        return made[form]
+
+    return get

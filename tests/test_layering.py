@@ -20,6 +20,7 @@ ORDER = [
     {"layers", "checkpoint"},
     {"distributed", "diagnostics"},
     {"integrations", "cli", "__init__"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MAX_LINES, MAX_COLUMNS = 400, 110

@@ -173,3 +173,31 @@ def test_searching_quantizers_never_err_more_than_amax_in_any_block():
     error = lambda q: (q.dequantize() - w).square().unflatten(-1, (-1, 16)).sum(-1)  # noqa: E731
     amax, mse = (error(Nvfp4Tensor.quantize(w, m)) for m in ("amax", "mse"))
     assert bool((mse <= amax * (1 + 1e-5)).all()) and float(mse.sum()) < float(amax.sum())
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "far apart", "few values", "sparse", "heavy tail"])
+def test_mse_is_the_best_of_all_126_scales_though_it_tries_fewer(kind):
+    from nvfp4_moe import Nvfp4Tensor
+
+    w = torch.randn(32, 256)
+    w = {
+        "gaussian": w,
+        "far apart": w * torch.exp2(torch.randint(-20, 1, (32, 16)).float()).repeat_interleave(16, -1),
+        "few values": w.round(),
+        "sparse": w * (torch.rand_like(w) < 0.1),
+        "heavy tail": w**5,
+    }[kind]
+    alpha = w.abs().max() / formats.TENSOR_MAX
+    blocks = w.unflatten(-1, (-1, 16))[..., None]  # [32, 16, 16, 1]
+    steps = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float() * alpha
+
+    def error(codes, step):  # exact but for float64's roundings
+        return (formats.e2m1_decode(codes).double() * step - blocks).square().sum(-2)
+
+    least = error(formats.e2m1_encode(blocks / steps), steps.double()).amin(-1)
+    q = Nvfp4Tensor.quantize(w, "mse")
+    codes = formats.unpack(q.packed).unflatten(-1, (-1, 16))[..., None]
+    got = error(codes, (q.sf.float() * alpha).double()[..., None, None])[..., 0]
+    # it compares in float32: a difference of two values near x is off by 2^-23 x, a sum of squares by 2^-20
+    slack = 2 * 2.0**-23 * blocks.double().norm(dim=(-1, -2))
+    assert (got.sqrt() <= least.sqrt() * (1 + 2.0**-20) + slack).all()

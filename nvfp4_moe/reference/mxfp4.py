@@ -92,7 +92,7 @@ class _Matrix:
                 sf[kept] = _two_to(p).to(torch.float8_e4m3fn).view(torch.uint8)
             again = self.live & ~kept
             if again.any() and method == "best":
-                sf[again], codes[again] = _quantize_best(self.codes[again], self.k[again], alpha)
+                sf[again], codes[again] = quantize_best(self.codes[again], self.k[again], alpha)
             elif again.any():
                 sf[again], codes[again] = _quantize(self.x[again], alpha)
         return pack(codes.flatten(-2)), sf, torch.as_tensor(alpha)
@@ -177,7 +177,7 @@ def _quantize(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     return sf.view(torch.uint8), e2m1_encode(x / (sf.float() * alpha)[:, None])
 
 
-def _quantize_best(codes: Tensor, k: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_best(codes: Tensor, k: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """codes [n, 16], k [n] -> sf [n], codes [n, 16]: the lowest of the best scales."""
     best = _squared_errors(codes, k, alpha).argmin(-1)
     x = e2m1_decode(codes).double() * _two_to(k)[:, None]

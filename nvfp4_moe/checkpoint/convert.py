@@ -1,0 +1,210 @@
+"""MXFP4 checkpoint -> NVFP4 checkpoint.
+
+Experts are converted one by one, each with its own alpha; what engines fuse into one product (gate and up,
+w1 and w3, q k v) shares it, wherever its shards are. Nothing is believed: every result is compared with its
+source, value by value, and the report says which half blocks changed and by how much.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..tensor import Mxfp4Tensor, Nvfp4Tensor
+from .dialects import MXFP4, Module
+from .fidelity import compare
+from .header import CheckpointError
+from .layouts import LAYOUTS, Layout, Planned, config_files, fused_groups, linear_names
+from .reader import Checkpoint, open_checkpoint
+from .rewrite import Job, Made, Plan, in_file_order
+
+METHODS = ("best", "hybrid", "requantize", "verbatim_midpoint", "verbatim_search")
+
+
+def plan_conversion(
+    source, to: str | None = None, method: str = "best", activation_amax: float | None = None,
+    device: str = "cpu",
+) -> Plan:  # fmt: skip
+    """source: a directory. to: modelopt | compressed-tensors; None: ModelOpt's, for DeepSeek-V4 as ModelOpt
+    exports it. activation_amax: also write input_scale = amax / 2688, which engines that quantize
+    activations with a static scale demand; without it the checkpoint says weights only."""
+    checkpoint = open_checkpoint(source)
+    if method not in METHODS:
+        raise CheckpointError(f"method must be {' | '.join(METHODS)}, got {method}")
+    layout = _layout(checkpoint, to)
+    left = tuple(m for m in checkpoint.modules if layout.name == "deepseek-v4" and m.startswith("mtp."))
+    modules = {name: m for name, m in checkpoint.modules.items() if name not in left}
+    _refuse(checkpoint, modules, layout, renames=to is not None)
+    scale = None if activation_amax is None else torch.tensor(activation_amax / 2688)
+    jobs = [
+        job for group in _groups(modules) for job in _jobs(checkpoint, group, layout, method, scale, device)
+    ]
+    made = [m for job in jobs for m in job.modules]
+    owned = {t for m in modules.values() for t in m.tensors.values()}
+    plain = linear_names({n: i for n, i in checkpoint.shards.tensors.items() if n not in owned})
+    configs = (checkpoint.shards.config, checkpoint.shards.quant_config)
+    activations = scale is not None or all("input_scale" in m.tensors for m in modules.values())
+    files = config_files(layout, *configs, made, plain, activations)
+    options = {"to": layout.name, "method": method, "activation_amax": activation_amax}
+    notes = tuple(checkpoint.warnings)
+    if left:
+        notes += (f"{len(left)} modules under mtp.* stay MXFP4, as engines expect them",)
+    return Plan(checkpoint.shards, layout.name, in_file_order(checkpoint.shards, jobs), files, options, notes)
+
+
+def _refuse(checkpoint: Checkpoint, modules: dict[str, Module], layout: Layout, renames: bool) -> None:
+    path, name = checkpoint.shards.path, checkpoint.format.name
+    if not modules or not (renames or any(m.kind == MXFP4 for m in modules.values())):
+        raise CheckpointError(
+            f"{path}: no MXFP4 weights, it is {name}: nothing to convert"
+            + (", unless into the names `to` says" if modules else " (`nvfp4 quantize` takes BF16)")
+        )
+    weights = ((n, i.dtype) for n, i in checkpoint.shards.tensors.items() if n.endswith(".weight"))
+    fp8 = next((name for name, dtype in weights if dtype == "F8_E4M3"), None)
+    if fp8 and layout.name != "deepseek-v4":
+        raise CheckpointError(f"{path}: {fp8} is FP8, which only DeepSeek-V4's config can say beside NVFP4")
+
+
+def _layout(checkpoint: Checkpoint, to: str | None) -> Layout:
+    deepseek = checkpoint.format.name.startswith("deepseek-v4")
+    if to is not None and to not in ("modelopt", "compressed-tensors"):
+        raise CheckpointError(f"`to` must be modelopt | compressed-tensors, got {to}")
+    if deepseek and to == "compressed-tensors":
+        raise CheckpointError(
+            f"{checkpoint.shards.path}: DeepSeek-V4 keeps FP8 layers under names that compressed-tensors does"
+            " not use: convert to modelopt"
+        )
+    return LAYOUTS["deepseek-v4" if deepseek else to or "modelopt"]
+
+
+def _groups(modules: dict[str, Module]) -> list[list[Module]]:
+    """Modules that share an alpha. Stacked experts have gate and up in one already; NVFP4 keeps its own."""
+    alone = {name for name, m in modules.items() if m.experts is not None or m.kind != MXFP4}
+    names = fused_groups({name: m.shape for name, m in modules.items() if name not in alone})
+    return [
+        [modules[name] for name in group] for group in names + [[name] for name in modules if name in alone]
+    ]
+
+
+def surely_exact(source) -> tuple[int, int]:
+    """(matrices that `best` converts without a change whatever their codes are, matrices in all), from the
+    scales alone, a 17th of the bytes. The rest may be exact too: blocks of zeros have no say."""
+    checkpoint, sure, total = open_checkpoint(source), 0, 0
+    for group in _groups({name: m for name, m in checkpoint.modules.items() if m.kind == MXFP4}):
+        scales = [checkpoint.shards[m.tensors["e8m0"]].view(torch.uint8) for m in group]
+        rows = torch.cat([s.reshape(group[0].experts or 1, -1) for s in scales], 1)
+        low, high = rows.amin(1).int(), rows.amax(1).int()
+        sure += int(((high - low <= 17) & (high <= 252)).sum()) * len(group)
+        total += len(rows) * len(group)
+        checkpoint.shards.release()
+    return sure, total
+
+
+# ---- jobs -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a group's matrix that become a module of the target."""
+
+    name: str
+    module: Module
+    rows: slice
+    N: int
+
+
+def _jobs(checkpoint: Checkpoint, group: list[Module], layout: Layout, method, scale, device) -> list[Job]:
+    """One for a group of matrices; one an expert where experts are stacked."""
+    reads = tuple(t for m in group for t in m.tensors.values())
+    nbytes = sum(checkpoint.shards.tensors[t].nbytes for t in reads)
+    experts = [None] if group[0].experts is None else range(group[0].experts)
+    jobs = []
+    for expert in experts:
+        parts = _parts(checkpoint, group, expert)
+        plan = tuple(entry for part in parts for entry in _planned(checkpoint, layout, part, scale))
+        run = partial(_run, checkpoint, group, expert, parts, layout, method, scale, device)
+        jobs.append(Job(reads, plan, run, nbytes // len(experts), tuple(p.name for p in parts)))
+    return jobs
+
+
+def _parts(checkpoint: Checkpoint, group: list[Module], expert: int | None) -> list[Part]:
+    first, N = group[0], group[0].shape[0]
+    if expert is None:
+        ends = [sum(m.shape[0] for m in group[: i + 1]) for i in range(len(group))]
+        return [
+            Part(m.name, m, slice(end - m.shape[0], end), m.shape[0])
+            for m, end in zip(group, ends, strict=True)
+        ]
+    base, _, last = first.name.rpartition(".")
+    base = f"{base.removesuffix('.experts')}.experts.{expert}"
+    if last in ("down_proj", "mlp2_weight"):
+        return [Part(f"{base}.down_proj", first, slice(0, N), N)]
+    if last not in ("gate_up_proj", "mlp1_weight"):
+        raise CheckpointError(f"{first.name}: stacked experts must be gate_up_proj or down_proj")
+    half = N // 2
+    gate, up = slice(0, half), slice(half, N)
+    if checkpoint.interleaves_gate_up(first.name):
+        gate, up = slice(0, N, 2), slice(1, N, 2)
+    return [Part(f"{base}.gate_proj", first, gate, half), Part(f"{base}.up_proj", first, up, half)]
+
+
+def _planned(checkpoint: Checkpoint, layout: Layout, part: Part, scale: Tensor | None) -> list[Planned]:
+    tensors = part.module.tensors
+    if "pre_quant_scale" in tensors:
+        raise CheckpointError(f"{tensors['pre_quant_scale']}: AWQ's scale of activations is not converted")
+    has_input = scale is not None or "input_scale" in tensors
+    plan = layout.planned(part.name, part.N, part.module.shape[1], has_input)
+    if "bias" in tensors:
+        plan.append((part.name + ".bias", checkpoint.shards.tensors[tensors["bias"]].dtype, (part.N,)))
+    return plan
+
+
+def _run(checkpoint, group, expert, parts: list[Part], layout: Layout, method, scale, device) -> Made:
+    source = [checkpoint.weight(m.name, experts=expert) for m in group]
+    whole, result = source[0], source[0]
+    if isinstance(whole, Mxfp4Tensor):
+        if len(group) > 1:
+            whole = Mxfp4Tensor(torch.cat([w.packed for w in source]), torch.cat([w.e8m0 for w in source]))
+        try:
+            result = whole.to(device).to_nvfp4(method).to("cpu")
+        except ValueError as error:
+            where = "" if expert is None else f", expert {expert}"
+            raise CheckpointError(f"{' + '.join(m.name for m in group)}{where}: {error}") from None
+    tensors, reports = {}, []
+    for i, part in enumerate(parts):
+        alpha = result.alpha[i] if result.alpha.dim() else result.alpha  # [2]: gate and up have their own
+        after = Nvfp4Tensor(result.packed[part.rows], _rows(result.sf, part.rows), alpha)
+        before = after
+        if isinstance(whole, Mxfp4Tensor):
+            before = Mxfp4Tensor(whole.packed[part.rows], whole.e8m0[part.rows])
+        tensors |= layout.stored(part.name, after, _input_scale(checkpoint, part.module, expert, scale))
+        tensors |= _own_scalars(checkpoint, part, layout)
+        bias = checkpoint.bias(part.module.name)
+        if bias is not None:
+            tensors[part.name + ".bias"] = (bias if expert is None else bias[expert])[part.rows]
+        reports.append({"module": part.name, **compare(before, after)})
+    return Made(tensors, reports)
+
+
+def _own_scalars(checkpoint: Checkpoint, part: Part, layout: Layout) -> dict[str, Tensor]:
+    """What stays NVFP4 keeps its scalars' bytes if the target stores them as the source does: 1 / (1 / x) is
+    not x for a sixth of all float32."""
+    module, target = part.module, layout.dialect
+    if module.kind == MXFP4 or module.experts is not None or module.dialect.inverse != target.inverse:
+        return {}
+    suffix = {"alpha": target.alpha, "input_scale": target.input_scale[0]}
+    roles = suffix.keys() & module.tensors.keys()
+    stored = {role: checkpoint.shards[module.tensors[role]] for role in roles}
+    return {part.name + suffix[role]: value.reshape(layout.scalar) for role, value in stored.items()}
+
+
+def _rows(sf: Tensor, index) -> Tensor:
+    return sf.view(torch.uint8)[index].view(torch.float8_e4m3fn)  # torch indexes bytes on every version
+
+
+def _input_scale(checkpoint: Checkpoint, module: Module, expert: int | None, scale: Tensor | None):
+    if "input_scale" not in module.tensors:
+        return scale
+    own = checkpoint.input_scale(module.name)
+    return own[expert] if own.dim() else own

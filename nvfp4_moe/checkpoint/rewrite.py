@@ -1,0 +1,201 @@
+"""A checkpoint written anew, job by job: what convert and quantize share.
+
+A job reads some tensors and makes others: an expert's gate and up, mostly, so memory holds a few experts
+whatever the model's size. Its report is a line in a file beside the shards, where a second run after a crash
+finds those of the shards that were finished.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .header import BITS, CheckpointError
+from .layouts import Planned
+from .shards import INDEX, Shards
+from .writer import SHARD_BYTES, ShardWriter
+
+REPORT = "nvfp4-conversion.json"
+LINES = "nvfp4-conversion.jsonl"  # while unfinished
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl")
+MAX_WORKERS = 16
+WORST = 100  # modules that the report names
+RELEASE_BYTES = 256 << 20  # mapped source pages that may count as ours
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a job gives: tensors by name, and a report line for each module."""
+
+    tensors: dict[str, Tensor]
+    reports: list[dict] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    reads: tuple[str, ...]  # source tensors it replaces or copies
+    plan: tuple[Planned, ...]
+    run: Callable[[], Made]
+    nbytes: int  # of the source, for progress
+    modules: tuple[str, ...] = ()  # that it reports on
+
+
+@dataclass(frozen=True)
+class Result:
+    path: Path
+    reports: dict[str, dict]  # by module
+    shards: int
+    skipped: int  # jobs that an earlier run had finished
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be done: --dry-run prints it, run() does it."""
+
+    shards: Shards
+    target: str  # name of the layout
+    jobs: list[Job]
+    files: dict[str, bytes]
+    options: dict
+    notes: tuple[str, ...] = ()  # what the user should know before
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def target_bytes(self) -> int:
+        return sum(prod(shape) * BITS[dtype] // 8 for job in self.jobs for _, dtype, shape in job.plan)
+
+    @property
+    def modules(self) -> list[str]:
+        return [m for job in self.jobs for m in job.modules]
+
+    def run(self, target, progress: Callable[[int], None] = lambda nbytes: None, **limits) -> Result:
+        return rewrite(self, Path(target), progress, **limits)
+
+
+def copy_job(shards: Shards, name: str) -> Job:
+    info = shards.tensors[name]
+    return Job((name,), ((name, info.dtype, info.shape),), lambda: Made({name: shards[name]}), info.nbytes)
+
+
+def in_file_order(shards: Shards, jobs: Iterable[Job]) -> list[Job]:
+    """Jobs, and copies of what they leave, each where its first tensor lies."""
+    starting: dict[str, list[Job]] = {}
+    replaced = set()
+    for job in jobs:
+        starting.setdefault(min(job.reads, key=shards.place), []).append(job)
+        replaced.update(job.reads)
+    ordered = []
+    for name in sorted(shards.tensors, key=shards.place):
+        ordered += starting.get(name, [] if name in replaced else [copy_job(shards, name)])
+    return ordered
+
+
+def side_files(shards: Shards) -> dict[str, Path]:
+    """What else a checkpoint's folder holds at its top, without weights and what is written anew."""
+    anew = {INDEX, "config.json", "hf_quant_config.json", REPORT}
+    found = {}
+    for path in sorted(shards.path.iterdir()):
+        hidden = path.name.startswith(".") or path.name.endswith((".index.json", ".partial"))
+        if path.is_file() and not hidden and path.name not in anew and path.suffix not in WEIGHT_FILES:
+            found[path.name] = shards.inside(path)
+    return found
+
+
+def fingerprint(shards: Shards, options: dict) -> str:
+    """Of the source's files and the options: a resumed run must be the same run."""
+    files = [(f.name, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in shards.files]
+    return hashlib.sha256(json.dumps([files, options], sort_keys=True).encode()).hexdigest()
+
+
+def rewrite(
+    plan: Plan, target: Path, progress: Callable[[int], None], max_shard_bytes: int = SHARD_BYTES
+) -> Result:
+    """Run the jobs that an earlier run has not finished, and write what they make."""
+    shards, jobs = plan.shards, plan.jobs
+    if target.resolve() == shards.path.resolve():
+        raise CheckpointError(f"{target}: source and target are the same directory")
+    tensors = [entry for job in jobs for entry in job.plan]
+    files, source = {**side_files(shards), **plan.files}, fingerprint(shards, plan.options)
+    writer = ShardWriter(target, tensors, files, max_shard_bytes, source)
+    missing, reports = set(writer.missing()), _read_lines(target / LINES)
+    largest = max(file.stat().st_size for file in shards.files)
+    most_mapped = min(RELEASE_BYTES, largest // 4)
+    todo, mapped = [], 0
+    for job in jobs:
+        finished = not any(name in missing for name, _, _ in job.plan)
+        if finished and all(m in reports for m in job.modules):
+            progress(job.nbytes)
+        else:
+            todo.append(job)
+    with open(target / LINES, "a", encoding="utf-8") as lines:
+        for job, made in run_ahead(todo):
+            for report in made.reports:
+                reports[report["module"]] = report
+                lines.write(json.dumps(report) + "\n")
+            lines.flush()
+            for name, tensor in made.tensors.items():
+                writer.add(name, tensor)
+            mapped += job.nbytes
+            if mapped > most_mapped:
+                shards.release()
+                mapped = 0
+            progress(job.nbytes)
+    summary = {"options": plan.options, **summarize(reports.values())}
+    writer.files[REPORT] = json.dumps(summary, indent=2).encode() + b"\n"
+    (target / LINES).unlink()
+    writer.close()
+    return Result(target, reports, len(list(target.glob("*.safetensors"))), len(jobs) - len(todo))
+
+
+def run_ahead(jobs: Iterable[Job]) -> Iterator[tuple[Job, Made]]:
+    """Jobs in order, with a few of the next ones under way: each on one thread, for many small parallel loops
+    wait for each other more than they work (ten times slower on a busy machine)."""
+    workers = min(os.cpu_count() or 1, MAX_WORKERS)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = deque()
+        try:
+            for job in jobs:
+                waiting.append((job, pool.submit(job.run)))
+                if len(waiting) > workers:
+                    first, made = waiting.popleft()
+                    yield first, made.result()
+            while waiting:
+                first, made = waiting.popleft()
+                yield first, made.result()
+        finally:  # Ctrl-C among others
+            pool.shutdown(cancel_futures=True)
+
+
+def summarize(reports: Iterable[dict]) -> dict:
+    reports = list(reports)
+    changed = sorted((r for r in reports if not r["exact"]), key=lambda r: -r["relative_rms"])
+    return {
+        "modules": len(reports),
+        "exact": len(reports) - len(changed),
+        "changed": len(changed),
+        "worst": changed[:WORST],
+    }
+
+
+def _read_lines(path: Path) -> dict[str, dict]:
+    if not path.exists():
+        return {}
+    reports = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            report = json.loads(line)
+        except ValueError:
+            continue  # the line a crash cut off; its job runs again
+        reports[report["module"]] = report
+    return reports

@@ -1,0 +1,118 @@
+"""A checkpoint as a stream of matrices: one expert's projection at a time, with bounded memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, Module
+from ..checkpoint.dialects import NVFP4
+from ..checkpoint.moe import PART
+from .faults import Collector
+from .statistics import Exponents, Table, block_table, exponents
+
+RELEASE = 1 << 28  # bytes read before the mapped pages are let go
+
+
+@dataclass
+class Unit:
+    """One matrix [N, K]. What is kept of it is small: a checkpoint has up to half a million."""
+
+    module: Module
+    expert: int | None  # the index in a stacked tensor
+    alpha: list[float]  # multipliers: one, or gate's and up's; none for MXFP4
+    input_scale: float | None
+    top: int = 0  # the largest scale byte of a live block
+    powers: bool = False  # every scale is a power of two
+    dead: bool = False  # every code is zero
+    exponents: Exponents | None = None  # MXFP4, and not dead
+
+    @property
+    def name(self) -> str:
+        return self.module.name + ("" if self.expert is None else f"[{self.expert}]")
+
+    def tensor(self, role: str) -> str:
+        """The full tensor name of a role, with the expert where it is stacked."""
+        return self.module.tensors[role] + ("" if self.expert is None else f"[{self.expert}]")
+
+    @property
+    def nvfp4(self) -> bool:
+        return self.module.kind == NVFP4
+
+    @property
+    def parent(self) -> str:
+        return self.module.name.rpartition(".")[0]
+
+    @property
+    def last(self) -> str:
+        return self.module.name.rpartition(".")[2]
+
+    @property
+    def part(self) -> str | None:
+        """gate, up or down."""
+        return PART.get(self.last)
+
+
+def find_units(checkpoint: Checkpoint, found: Collector) -> list[Unit]:
+    """In the order of the files, so that disks read forward."""
+
+    def position(module: Module):
+        info = checkpoint.shards.tensors[module.tensors["packed"]]
+        return str(info.file), info.begin
+
+    units = []
+    for module in sorted(checkpoint.modules.values(), key=position):
+        alphas = _multipliers(checkpoint, module, "alpha", found)
+        inputs = _multipliers(checkpoint, module, "input_scale", found)
+        for expert in range(module.experts) if module.experts is not None else (None,):
+            mine = expert or 0
+            scale = inputs[min(mine, len(inputs) - 1)][0] if inputs else None
+            units.append(Unit(module, expert, alphas[min(mine, len(alphas) - 1)] if alphas else [], scale))
+    return units
+
+
+def _multipliers(checkpoint: Checkpoint, module: Module, role: str, found: Collector) -> list[list[float]]:
+    """A row for each expert (or one row for all): one value, or gate's and up's."""
+    if role not in module.tensors:
+        return []
+    info, experts = checkpoint.shards.tensors[module.tensors[role]], module.experts or 1
+    if prod(info.shape) not in (1, experts, 2 * experts) or info.dtype not in ("F32", "BF16", "F16"):
+        found.add("wrong-layout", module.tensors[role], f"a scale, {info.dtype} {list(info.shape)}")
+        return []
+    value = checkpoint.shards[module.tensors[role]].float().flatten()
+    value = value.reciprocal() if module.dialect.inverse else value
+    rows = module.experts if module.experts is not None and value.numel() > 1 else 1
+    return value.view(rows, -1).tolist()
+
+
+def read_unit(checkpoint: Checkpoint, unit: Unit) -> tuple[Tensor, Tensor]:
+    """(packed uint8 [N, K/2], scale bytes uint8 [N, blocks]) of one unit; views of the file where its layout
+    allows."""
+    weight = checkpoint.weight(unit.module.name, check=False, experts=unit.expert)
+    return weight.packed, (weight.sf if unit.nvfp4 else weight.e8m0).view(torch.uint8)
+
+
+def stream(
+    checkpoint: Checkpoint, units: list[Unit], progress=None
+) -> Iterator[tuple[Unit, Table, Tensor, Tensor]]:
+    """(unit, its table, codes, scales), a unit at a time. progress(bytes done, bytes in all)."""
+    total, done, held = sum(_nbytes(unit) for unit in units), 0, 0
+    for unit in units:
+        packed, scales = read_unit(checkpoint, unit)
+        table = block_table(packed, scales)
+        unit.dead = int(table.codes[[c for c in range(16) if c & 7]].sum()) == 0
+        unit.exponents = None if unit.nvfp4 else exponents(table)
+        yield unit, table, packed, scales
+        done, held = done + _nbytes(unit), held + _nbytes(unit)
+        if progress is not None:
+            progress(done, total)
+        if held > RELEASE:  # or a large checkpoint's pages would all stay in this process's memory
+            checkpoint.shards.release()
+            held = 0
+
+
+def _nbytes(unit: Unit) -> int:
+    N, K = unit.module.shape
+    return N * K // 2 + N * K // unit.module.group
