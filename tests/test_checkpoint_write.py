@@ -238,12 +238,16 @@ def test_a_crash_of_the_resumed_run_is_resumed_too(tmp_path, monkeypatch):
     assert runs > 2 and content(path) == content(tmp_path / "undisturbed")
 
 
-def test_a_finished_file_that_was_damaged_later_is_written_again(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "another file"])
+def test_a_finished_file_that_was_damaged_later_is_written_again(tmp_path, damage):
     w = writer(tmp_path)
     for name in ("t0", "t1"):
         w.add(name, TENSORS[name])
     done = next(tmp_path.glob("*.safetensors"))
-    done.write_bytes(done.read_bytes()[:-1])
+    if damage == "cut":
+        done.write_bytes(done.read_bytes()[:-1])
+    else:
+        write_file(done, {"t0": TENSORS["t0"], "t1": TENSORS["t1"].half()})
     assert write(tmp_path) == list(TENSORS)
     assert_whole(tmp_path)
 
