@@ -164,6 +164,15 @@ def cute_probe(cutlass: Path) -> cpp_extension.CppExtension:
     )
 
 
+def drop_stale_objects() -> None:
+    """Ninja knows the headers of what g++ compiled, not of what nvcc did."""
+    newest = max(p.stat().st_mtime for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh"))
+    for folder in (ROOT / "csrc/kernels").iterdir():
+        for built in (ROOT / "build").glob(f"temp*/csrc/kernels/{folder.name}/*.o"):
+            if built.stat().st_mtime < newest and list(folder.glob(f"{built.stem}.cu")):
+                built.unlink()
+
+
 class PortableWheel(bdist_wheel):
     """py3-none: the libraries hold no Python, so one wheel serves every interpreter."""
 
@@ -171,6 +180,7 @@ class PortableWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+drop_stale_objects()
 chips = wanted_chips()
 extensions = [core(chips), *chip_libraries(chips)]
 in_place = any(command in sys.argv for command in ("editable_wheel", "develop", "build_ext"))

@@ -26,6 +26,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MAX_LINES, MAX_COLUMNS = 400, 110
 MACROS = {"NVFP4_CHECK", "CUDA_CHECK", "NVFP4_HD", "NVFP4_LAUNCH"} | {
     "NVFP4_CLONES",  # instruction sets of the CPU: what a function attribute and a pragma cannot say portably
+    "CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED",  # CuTe's own switch: every N of wgmma
     "NVFP4_INLINE",
     "NVFP4_PRAGMA",
     "NVFP4_TARGET_BEGIN",
