@@ -56,8 +56,8 @@ def random_weights(E: int, N: int, K: int, alphas: int = 1) -> Weights:
     return Weights(w.packed, w.sf, alpha[:, 0].contiguous() if alphas == 1 else alpha)
 
 
-def poison(shape, dtype) -> None:
+def poison(shape, dtype, device="cpu") -> None:
     """Leave NaN bytes in torch's freed memory, so that an output byte nobody writes shows."""
     size = torch.empty(shape, dtype=dtype).numel() * torch.empty((), dtype=dtype).element_size()
-    blocks = [torch.full((size,), 0x7F, dtype=torch.uint8) for _ in range(4)]
+    blocks = [torch.full((size,), 0x7F, dtype=torch.uint8, device=device) for _ in range(4)]
     del blocks

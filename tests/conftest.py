@@ -16,6 +16,14 @@ def missing_gpu() -> str | None:
     return None
 
 
+def missing_hopper() -> str | None:
+    """Why the Hopper kernels cannot run here, or None."""
+    if why := missing_gpu():
+        return why
+    plan = torch.ops.nvfp4.gemm_plan(1, 128, 128, 1, "bf16")
+    return None if plan.startswith("sm90") else f"no sm_90 device or no libnvfp4_sm90: would run {plan}"
+
+
 def devices() -> list:
     """Where test bodies run: the CPU, and the GPU where there is one; a missing GPU shows as skips with the
     reason."""

@@ -19,6 +19,24 @@ def main() -> None:
         for offsets in (ragged_offsets(R, E), torch.randint(-9, 99, (E + 1,), dtype=torch.int32)):
             operands = (a, None, None, w.b, w.b_sf, w.alpha, offsets)
             ops.grouped_gemm(*(t if t is None else t.cuda() for t in operands))
+    for rows in (1, 6, 12, 20, 28, 40, 60, 140):  # a chip's own tiles: K % 32 = 0, N % 8 = 0
+        for E, N, K in ((2, 136, 96), (96, 1536, 32)) if rows < 3 else ((2, 136, 96),):
+            w, a = random_weights(E, N, K, 2), lively(rows * E, K, dtype=torch.bfloat16)
+            for offsets in (ragged_offsets(rows * E, E), torch.randint(-9, 99, (E + 1,), dtype=torch.int32)):
+                operands = (a, None, None, w.b, w.b_sf, w.alpha, offsets, torch.randn(E, N))
+                ops.grouped_gemm(*(t if t is None else t.cuda() for t in operands))
+    for T in (1, 20, 90):  # and the activation fused into them
+        w13, w2, ids = random_weights(4, 256, 96, 2), random_weights(4, 96, 128), torch.randint(-1, 5, (T, 3))
+        operands = (
+            lively(T, 96, dtype=torch.bfloat16),
+            ids.int(),
+            torch.rand(T, 3),
+            w13.b,
+            w13.b_sf,
+            w13.alpha,
+        )
+        for compute in ops.COMPUTES:
+            ops.moe(*(t.cuda() for t in (*operands, w2.b, w2.b_sf, w2.alpha)), 0, compute)
     for T, E, k in ((1, 8, 2), (70, 256, 8), (3000, 384, 6)):
         weights, ids = ops.route(torch.randn(T, E, device="cuda"), None, k)
         rows, offsets, slots = ops.permute(ids, E // 2, E // 4)

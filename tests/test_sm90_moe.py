@@ -1,0 +1,137 @@
+"""Hopper's fused layer: the bits of its composition, and of a token whatever else is in the batch."""
+
+import pytest
+import torch
+from compare import assert_close_layers, assert_same_bits
+from test_moe import composed
+from test_sm90 import DEVICE, faults_show_in_their_own_test, pytestmark, tile, tokens, weights
+
+from nvfp4_moe import ops
+
+__all__ = ["faults_show_in_their_own_test", "pytestmark"]  # pytest reads them here
+
+SMALL = (4, 8, 544, 256)  # k, E, H, I; H % 64 = 32
+WIDE = (4, 96, 288, 768)  # enough weight rows for whole tiles at few tokens
+SIZES = [(T, *SMALL) for T in (1, 5, 16, 33, 80, 150, 300)] + [(T, *WIDE) for T in (30, 70)]
+ODD = [(9, 2, 4, 96, 48), (40, 3, 6, 160, 288), (70, 2, 4, 256, 192)]  # I no multiple of 64, or of a tile
+ACTS = ("silu", "swiglu_limit", "swiglu_oai")
+
+
+def layer(T, k, E, H, I, act="silu"):
+    """x, ids, weights, experts of ops.moe; gate and up reach beyond a limit of 3, alphas far apart."""
+    halves = 1 if act == "relu2" else 2
+    w13, w2 = weights(E, halves * I, H, halves), weights(E, H, I)
+    w13.alpha *= 16
+    if halves == 2:
+        w13.alpha[:, 1] *= 3
+    ids = torch.rand(T, E).topk(k).indices.int().to(DEVICE)
+    experts = (w13.b, ops.remap_sf(w13.sf), w13.alpha, w2.b, ops.remap_sf(w2.sf), w2.alpha)
+    return [torch.randn(T, H).bfloat16().to(DEVICE), ids, torch.rand(T, k).to(DEVICE), *experts]
+
+
+def biases(E, H, I, act="silu"):
+    halves = 1 if act == "relu2" else 2
+    return torch.randn(E, halves * I, device=DEVICE), torch.randn(E, H, device=DEVICE)
+
+
+def tiles(T, k, E, H, I) -> str:
+    rows = -(-T * k // E)
+    return f"tiles {tile(rows, E, 2 * I, H)}, {tile(rows, E, H, I)}"
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTES)
+@pytest.mark.parametrize("size", SIZES + ODD, ids=str)
+class TestLayer:
+    @pytest.mark.parametrize("biased", [False, True])
+    @pytest.mark.parametrize("act", ops.ACTS)
+    def test_equals_its_composition_bit_for_bit(self, size, act, biased, compute):
+        args = (*layer(*size, act), 0, compute, act, 1.702, 3.0)
+        args += biases(*size[2:], act) if biased else (None, None)
+        assert_same_bits(ops.moe(*args), composed(*args).cpu(), tiles(*size))
+
+    @pytest.mark.parametrize("act", ACTS)
+    def test_is_close_to_the_cpus(self, size, act, compute):
+        if size[2] * size[3] * size[4] > 8e6:
+            pytest.skip("minutes of a CPU")
+        args = (*layer(*size, act), 0, compute, act, 1.702, 3.0, *biases(*size[2:], act))
+        want = ops.moe(*(t.cpu() if isinstance(t, torch.Tensor) else t for t in args))
+        assert_close_layers(ops.moe(*args), want, tiles(*size))
+
+    def test_runs_are_bitwise_equal(self, size, compute):
+        args = (*layer(*size), 0, compute)
+        first = ops.moe(*args).cpu()
+        for i in range(5):
+            assert_same_bits(ops.moe(*args), first, f"run {i + 2}, {tiles(*size)}")
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTES)
+@pytest.mark.parametrize("shape", [SMALL, WIDE], ids=str)
+def test_a_token_has_the_same_bits_in_every_batch(shape, compute):
+    x, ids, factors, *experts = layer(300, *shape)
+    run = lambda t: ops.moe(x[t], ids[t], factors[t], *experts, 0, compute)  # noqa: E731
+    whole = run(slice(None)).cpu()
+    for t in (0, 1, 150, 299):
+        assert_same_bits(run(slice(t, t + 1))[0], whole[t], f"token {t} alone")
+    for T in (2, 5, 9, 16, 33, 60, 80, 130, 150, 220):
+        for first in (0, 300 - T):
+            batch = slice(first, first + T)
+            assert_same_bits(run(batch), whole[batch], f"tokens {first} to {first + T}, {tiles(T, *shape)}")
+    order = torch.randperm(300)
+    assert_same_bits(run(order.to(DEVICE)), whole[order], "in another order")
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTES)
+@pytest.mark.parametrize("T", [1, 33, 200])
+def test_a_captured_layer_follows_its_routing(T, compute):
+    k, E, H, I = SMALL
+    x, ids, factors, *experts = layer(T, *SMALL)
+    args = (x, ids, factors, *experts, 0, compute)
+    ops.moe(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.moe(*args)
+    drawn = torch.rand(3, T, E).topk(k).indices.int()
+    one, nobody = torch.full((T, k), E - 1, dtype=torch.int32), torch.full((T, k), -1, dtype=torch.int32)
+    some = torch.where(torch.rand(T, k) < 0.5, drawn[0], nobody)
+    for i, routing in enumerate((*drawn, one, nobody, some)):
+        ids.copy_(routing)
+        x.copy_(tokens(T, H))
+        factors.copy_(torch.rand(T, k))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(out, ops.moe(*args).cpu(), f"replay {i}, {tiles(T, k, E, H, I)}")
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTES)
+@pytest.mark.parametrize("T", [1, 20, 80, 300])
+def test_ids_that_lie_do_not_fault(T, compute):
+    k, E, _, _ = SMALL
+    x, ids, factors, *experts = layer(T, *SMALL)
+    honest = ops.moe(x, ids, factors, *experts, 0, compute)
+    lies = torch.randint(-(2**31), 2**31 - 1, (T, k), dtype=torch.int32, device=DEVICE)
+    assert not ops.moe(x, lies, factors, *experts, 0, compute).any(), "nobody's tokens are zero"
+    lies = torch.randint(-3, E + 3, (T, k), dtype=torch.int32, device=DEVICE)  # duplicates too
+    args = (x, lies, factors, *experts, 0, compute, "silu", 1.0, 0.0)
+    assert_same_bits(ops.moe(*args), composed(*args).cpu())
+    assert_same_bits(ops.moe(x, ids, factors, *experts, 0, compute), honest.cpu(), "afterwards")
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTES)
+@pytest.mark.parametrize("T", [3, 40, 300])
+def test_nan_tokens_and_nan_weights_stay_with_whom_they_belong(T, compute):
+    x, ids, factors, *experts = layer(T, *SMALL)
+    run = lambda: ops.moe(x, ids, factors, *experts, 0, compute)  # noqa: E731
+    want = run()
+    x[0], want[0] = torch.nan, torch.nan
+    assert_same_bits(run(), want.cpu(), "a NaN token")
+    experts[4].view(torch.uint8)[5, 0] = 0x7F  # w2 of expert 5, output 0, first block
+    want[(ids == 5).any(1), 0] = torch.nan
+    assert_same_bits(run(), want.cpu(), "a NaN scale in w2")
+
+
+def test_half_the_experts_here_and_half_elsewhere():
+    x, ids, factors, *experts = layer(60, *SMALL)
+    for first in (0, 4):
+        part = [t[first : first + 4] for t in experts]
+        args = (x, ids, factors, *part, first, "bf16", "silu", 1.0, 0.0)
+        assert_same_bits(ops.moe(*args), composed(*args).cpu(), f"experts {first} to {first + 4}")
