@@ -58,6 +58,7 @@ NVCC_FLAGS = [
     "-std=c++20",
     "-O3",
     "--fmad=false",
+    "--expt-relaxed-constexpr",  # CUTLASS calls host constexpr functions on the device
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xptxas=-warn-spills",
 ]
@@ -153,14 +154,14 @@ def cute_probe(cutlass: Path) -> cpp_extension.CppExtension:
 
     return cpp_extension.CppExtension(
         "nvfp4_moe._cute",
-        ["csrc/cute/layout.cpp"],
+        sources("cute", suffix=".cpp"),
         include_dirs=[
             pybind11.get_include(),
             str(cutlass),
             f"{CUDA_HOME}/include",
             f"{CUDA_HOME}/include/cccl",
         ],
-        extra_compile_args=["-std=c++20", "-O1", "-w"],
+        extra_compile_args=["-std=c++20", "-O1", "-w", "-ffp-contract=off"],
     )
 
 
@@ -171,22 +172,24 @@ class PortableWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-chips = wanted_chips()
-extensions = [core(chips), *chip_libraries(chips)]
-in_place = any(command in sys.argv for command in ("editable_wheel", "develop", "build_ext"))
-cute = in_place and CUDA_HOME and cutlass_include()
-if cute:
-    extensions.append(cute_probe(cute))
-built = ["cpu", *chips] + (["_cute (CUTLASS layouts, for tests)"] if cute else [])
-print(
-    f"nvfp4_moe: building {', '.join(built)}" + ("" if CUDA_HOME else "; no nvcc found, so no GPU kernels"),
-    file=sys.stderr,
-)
+if __name__ == "__main__":  # so that tests can import the above
+    chips = wanted_chips()
+    extensions = [core(chips), *chip_libraries(chips)]
+    in_place = any(command in sys.argv for command in ("editable_wheel", "develop", "build_ext"))
+    cute = in_place and CUDA_HOME and cutlass_include()
+    if cute:
+        extensions.append(cute_probe(cute))
+    built = ["cpu", *chips] + (["_cute (CUTLASS layouts, for tests)"] if cute else [])
+    print(
+        f"nvfp4_moe: building {', '.join(built)}"
+        + ("" if CUDA_HOME else "; no nvcc found, so no GPU kernels"),
+        file=sys.stderr,
+    )
 
-setup(
-    ext_modules=extensions,
-    cmdclass={
-        "build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True),
-        "bdist_wheel": PortableWheel,
-    },
-)
+    setup(
+        ext_modules=extensions,
+        cmdclass={
+            "build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True),
+            "bdist_wheel": PortableWheel,
+        },
+    )

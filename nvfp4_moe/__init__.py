@@ -1,5 +1,6 @@
 """NVFP4 Mixture-of-Experts for PyTorch: `torch.ops.nvfp4.*` and thin layers above them."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -11,7 +12,8 @@ if not _library.exists():
         f"nvfp4_moe: {_library} is missing. Build it with `make` or `pip install .` in a checkout."
     )
 torch.ops.load_library(_library)
-# a chip library registers its kernels with the core
+# a chip library registers its kernels with the core, whose name for that it must find
+ctypes.CDLL(str(_library), mode=ctypes.RTLD_GLOBAL)
 for _chip in sorted(_library.parent.glob("libnvfp4_sm*.so")):
     torch.ops.load_library(_chip)
 

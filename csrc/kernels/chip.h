@@ -11,9 +11,11 @@ typedef struct CUstream_st* cudaStream_t;
 namespace nvfp4 {
 
 struct Chip {
-  const char* name;  // "sm90"
-  int major;         // compute capability it serves, 9 for 9.x
-  void (*grouped_gemm)(const GemmParams&, cudaStream_t);
+  const char* name;                         // "sm90"
+  int major;                                // compute capability it serves, 9 for 9.x
+  bool (*takes)(const GemmParams&);         // whether grouped_gemm can; the core's own kernel takes the rest
+  int64_t (*workspace)(const GemmParams&);  // bytes
+  void (*grouped_gemm)(const GemmParams&, void* workspace, cudaStream_t);
   std::string (*gemm_plan)(int64_t R, int64_t N, int64_t K, int64_t E, bool packed_a);
 };
 

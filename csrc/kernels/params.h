@@ -81,10 +81,11 @@ struct Mxfp4Params {
 
 struct GemmParams {
   const uint8_t* a_packed;  // [.., K/2] and
-  const uint8_t* a_sf;      // [.., S], or both null and
+  const uint8_t* a_sf;      // [.., S], or where a_sf_grouped [cosize] as SfGroups; or both null and
   const bf16* a;            // [.., K]
   const float* a_scale;     // [] or [..], null with bf16
   bool a_scale_per_row;
+  bool a_sf_grouped;
   const int32_t* rows;     // [R], row r of the product reads a[rows[r]]; null: a[r]
   int64_t a_rows;          // rows of a; entries of `rows` are clamped to it
   const uint8_t* b;        // [E, N, K/2]

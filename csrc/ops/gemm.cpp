@@ -43,13 +43,21 @@ GemmParams weight_params(const Tensor& b, const Tensor& b_sf, const Tensor& alph
   return p;
 }
 
-// The chip's own kernel where its library is loaded, else the one that runs on every chip.
-static void gemm_on_gpu(const GemmParams& p, cudaStream_t stream) {
+const Chip* chip_for(const Tensor& home, const GemmParams& p) {
+  if (home.is_cpu()) return nullptr;
+  const OnDevice device(home);
   const Chip* chip = nvfp4_chip_for(cuda::capability() / 10);
-  (chip ? chip->grouped_gemm : cuda::grouped_gemm)(p, stream);
+  return chip && chip->takes(p) ? chip : nullptr;
 }
 
-void launch_gemm(const Tensor& home, const GemmParams& p) { launch(home, p, cpu::grouped_gemm, gemm_on_gpu); }
+// The chip's own kernel where its library is loaded and takes it, else the one that runs on every chip.
+void launch_gemm(const Tensor& home, const GemmParams& p) {
+  const Chip* chip = chip_for(home, p);
+  if (!chip) return launch(home, p, cpu::grouped_gemm, cuda::grouped_gemm);
+  const OnDevice device(home);
+  Tensor scratch = empty(home, {chip->workspace(p)}, kU8);
+  chip->grouped_gemm(p, out<void>(scratch), device.stream);
+}
 
 Tensor grouped_gemm(const Tensor& a, const MaybeTensor& a_sf, const MaybeTensor& a_scale, const Tensor& b,
                     const Tensor& b_sf, const Tensor& alpha, const Tensor& offsets, const MaybeTensor& bias) {
@@ -143,7 +151,11 @@ std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, std::string co
   const int capability = cuda::capability();
   if (capability == 0) return cpu::gemm_plan(R, N, K, E, quantized);
   const Chip* chip = nvfp4_chip_for(capability / 10);
-  return (chip ? chip->gemm_plan : cuda::gemm_plan)(R, N, K, E, quantized);
+  static const bf16 any{};
+  GemmParams p{};
+  p.a = quantized ? nullptr : &any;
+  p.R = R, p.N = N, p.K = K, p.E = E;
+  return (chip && chip->takes(p) ? chip->gemm_plan : cuda::gemm_plan)(R, N, K, E, quantized);
 }
 
 }  // namespace nvfp4

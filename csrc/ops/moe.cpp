@@ -136,6 +136,23 @@ Tensor combine(const Tensor& y, const Tensor& slots, const Tensor& weights) {
   return sum;
 }
 
+static void give_codes(GemmParams& p, const std::tuple<Tensor, Tensor, Tensor>& quantized) {
+  p.a_packed = in<uint8_t>(std::get<0>(quantized));
+  p.a_sf = in<uint8_t>(std::get<1>(quantized));
+  p.a_scale = in<float>(std::get<2>(quantized));
+  p.a_scale_per_row = true;
+}
+
+// Block-scaled tensor cores read rows as the copy engine brings them: gathered, their scales by expert.
+static bool want_grouped_sf(const Tensor& home, GemmParams& p) {
+  GemmParams grouped = p;
+  grouped.rows = nullptr;
+  grouped.a_sf_grouped = true;
+  if (!chip_for(home, grouped)) return false;
+  p = grouped;
+  return true;
+}
+
 Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w13, const Tensor& w13_sf,
            const Tensor& w13_alpha, const Tensor& w2, const Tensor& w2_sf, const Tensor& w2_alpha,
            int64_t first_expert, std::string compute, std::string act, double act_alpha, double limit,
@@ -167,19 +184,16 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   first.R = second.R = R;
   first.out = out<bf16>(gate_up);
   second.out = out<bf16>(y);
-  if (quantized) {  // a token is quantized once and gathered as codes: the same bits as quantizing gathered
-                    // rows
-    const auto [packed, sf, scale] = quantize_rows(tokens, std::nullopt);
-    first.a_packed = in<uint8_t>(packed);
-    first.a_sf = in<uint8_t>(sf);
-    first.a_scale = in<float>(scale);
-    first.a_scale_per_row = true;
+  if (quantized) {
+    // elsewhere a token is quantized once and gathered as codes: the same bits as quantizing gathered rows
+    const bool gathered = want_grouped_sf(x, first);
+    const auto a = quantize_rows_grouped(tokens, gathered ? MaybeTensor(rows) : std::nullopt,
+                                         gathered ? MaybeTensor(offsets) : std::nullopt);
+    give_codes(first, a);
     launch_gemm(x, first);
-    const auto [hidden, hidden_sf, hidden_scale] = swiglu_quantize(gate_up, act, act_alpha, limit);
-    second.a_packed = in<uint8_t>(hidden);
-    second.a_sf = in<uint8_t>(hidden_sf);
-    second.a_scale = in<float>(hidden_scale);
-    second.a_scale_per_row = true;
+    const auto hidden = swiglu_quantize_grouped(
+        gate_up, act, act_alpha, limit, want_grouped_sf(x, second) ? MaybeTensor(offsets) : std::nullopt);
+    give_codes(second, hidden);
     launch_gemm(x, second);
   } else {
     first.a = in<bf16>(tokens);

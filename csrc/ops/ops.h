@@ -2,6 +2,7 @@
 #pragma once
 #include <tuple>
 
+#include "../kernels/chip.h"
 #include "tensor.h"
 
 namespace nvfp4 {
@@ -59,5 +60,7 @@ void expect_weights(const char* op, const std::string& w, const Tensor& home, co
 // The part of GemmParams that such weights fill.
 GemmParams weight_params(const Tensor& b, const Tensor& b_sf, const Tensor& alpha, const MaybeTensor& bias);
 void launch_gemm(const Tensor& home, const GemmParams& p);
+// The chip whose kernel runs this product; null: the one that runs on every chip, or the CPU's.
+const Chip* chip_for(const Tensor& home, const GemmParams& p);
 
 }  // namespace nvfp4
