@@ -1,6 +1,6 @@
 // The Blackwell library as a chip of compute capability 9.
+#include "../../csrc/kernels/blackwell/kernels.h"
 #include "../../csrc/kernels/chip.h"
-#include "../../csrc/kernels/sm100/kernels.h"
 
 extern "C" {
 __attribute__((visibility("default"))) int blackwell_tile = -1;      // of the table; -1: as the model picks

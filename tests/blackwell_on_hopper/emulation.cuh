@@ -154,8 +154,8 @@ extern "C" __device__ __noinline__ __attribute__((used)) void emulate_alloc(uint
 // after the other.
 namespace emulation {
 __device__ inline uint32_t own_barrier() {
-  __shared__ uint64_t barrier;
-  return static_cast<uint32_t>(__cvta_generic_to_shared(&barrier));
+  __shared__ alignas(1024) uint64_t barrier[128];  // the kernel's own memory lies behind it, swizzled by 1024
+  return static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
 }
 }  // namespace emulation
 

@@ -10,7 +10,7 @@ from cases import lively, ragged_offsets, random_sf, random_weights
 from compare import assert_close_layers, assert_gemm, assert_same_bits
 from test_gemm import check_groups
 
-from nvfp4_moe import ops, reference
+from nvfp4_moe import formats, ops, reference
 
 LIBRARY = os.environ.get("BLACKWELL_LIBRARY")
 TILES = ["128x64", "128x128", "128x256", "256x256 on two SMs"]
@@ -109,7 +109,8 @@ def test_random_shapes(tile):
 def test_one_hot_activations_give_the_weights_back_bit_for_bit(tile):
     N, K = 136, 320
     w, sf = random_weights(1, N, K), random_sf(1, N, K // 16)
-    a = reference.quantize_rows(torch.eye(K))
+    ones = torch.ones(K, K // 16).to(torch.float8_e4m3fn)
+    a = (formats.pack(2 * torch.eye(K, dtype=torch.uint8)), ones, torch.ones(()))  # code 2 is 1
     args = (*a, w.b, reference.remap_sf(sf), torch.ones(1), torch.tensor([0, K], dtype=torch.int32))
     got = ops.grouped_gemm(*(t.cuda() for t in args)).cpu()
     assert torch.equal(got.T, reference.dequantize(w.b[0], sf[0], torch.ones(()), torch.bfloat16))

@@ -1,5 +1,5 @@
+#include "../blackwell/kernels.h"
 #include "../chip.h"
-#include "kernels.h"
 
 namespace nvfp4::blackwell {
 

@@ -2,5 +2,5 @@
 
 template <>
 nvfp4::blackwell::Kernel nvfp4::blackwell::kernel<128, 1>() {
-  return {Cutlass<128, 1>::workspace, Cutlass<128, 1>::run};
+  return cutlass_kernel<128, 1>();
 }

@@ -1,4 +1,4 @@
-// What the chip library is made of; registered in chip.cu.
+// What a chip library of Blackwell offers; its chip.cu registers it.
 #pragma once
 #include <string>
 
@@ -11,7 +11,7 @@ namespace nvfp4::blackwell {
 bool takes(const GemmParams&);
 int64_t workspace(const GemmParams&);
 void grouped_gemm(const GemmParams&, void* workspace, cudaStream_t);
-// With one of the table's tiles, for tests.
+// With one of its tiles, for tests.
 void grouped_gemm_with(int tile, const GemmParams&, void* workspace, cudaStream_t);
 std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, bool packed_a);
 

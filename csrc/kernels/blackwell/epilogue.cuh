@@ -2,7 +2,7 @@
 #pragma once
 #include <cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp>
 
-#include "../blackwell/groups.h"
+#include "groups.h"
 
 namespace nvfp4::blackwell {
 
