@@ -19,6 +19,9 @@ CHIPS = pytest.importorskip("setup", reason="not a checkout").CHIPS
 LIBRARIES = sorted((ROOT / "nvfp4_moe").glob("libnvfp4_sm*.so"))
 
 
+BLOCKS_OF_16 = {"sm_100a": ".4X", "sm_103a": ".BLOCK16"}  # how nvdisasm calls a scale for 16 values
+
+
 def tools() -> str | None:
     """A folder with cuobjdump and nvdisasm: on PATH, or of the PyPI packages nvidia-cuda-*."""
     found = shutil.which("cuobjdump")
@@ -48,7 +51,7 @@ def kernels(library: Path) -> dict[tuple[str, str], str]:
     found, arch, name = {}, "", ""
     for line in dump(library, "--dump-sass").splitlines():
         if m := re.search(r"arch = (\w+)", line):
-            arch = m[1]
+            arch, name = m[1], ""
         elif m := re.search(r"Function : (\S+)", line):
             name = m[1]
             found[arch, name] = []
