@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,24 +38,19 @@ def flags(cutlass: Path) -> list[str]:
 def compile_lowered(nvcc: str, source: Path, out: Path, options: list[str]) -> None:
     """What nvcc would run, with another ptxas in front: nvcc itself looks into no inline assembly."""
     extra = ["-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-include", str(HERE / "emulation.cuh")]
-    plan = subprocess.run(
-        [nvcc, "--dryrun", *options, *extra, "-c", str(source), "-o", str(out)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    shim = out.with_suffix(".bin")
-    shim.mkdir(exist_ok=True)
-    (shim / "ptxas").write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {HERE / "ptxas.py"} {shim} "$@"\n'
-    )
-    (shim / "ptxas").chmod(0o755)
-    steps = [line.removeprefix("#$ ") for line in plan.stderr.splitlines() if line.startswith("#$ ")]
-    steps = [re.sub(r"^(\w+)=(.*)$", lambda m: f"{m[1]}={shlex.quote(m[2])}", step) for step in steps]
-    steps = [re.sub(r"^rm ", "rm -f ", step) for step in steps]
-    front = next(i for i, step in enumerate(steps) if step.startswith("PATH="))
-    steps.insert(front + 1, f"PATH={shim}:$PATH")
-    script = out.with_suffix(".sh")
-    script.write_text("\n".join(["set -e", *steps, ""]))
-    subprocess.run(["bash", script], check=True, cwd=out.parent, env={**os.environ, "TMPDIR": str(shim)})
+    with tempfile.TemporaryDirectory() as folder:
+        shim, env = Path(folder), {**os.environ, "TMPDIR": folder}
+        ptxas = shim / "ptxas"
+        ptxas.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {HERE / "ptxas.py"} {shim} "$@"\n')
+        ptxas.chmod(0o755)
+        command = [nvcc, "--dryrun", *options, *extra, "-c", str(source), "-o", str(out)]
+        plan = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stderr
+        steps = [line.removeprefix("#$ ") for line in plan.splitlines() if line.startswith("#$ ")]
+        steps = [re.sub(r"^(\w+)=(.*)$", lambda m: f"{m[1]}={shlex.quote(m[2])}", step) for step in steps]
+        steps = [re.sub(r"^rm ", "rm -f ", step) for step in steps]
+        front = next(i for i, step in enumerate(steps) if step.startswith("PATH="))
+        steps.insert(front + 1, f"PATH={shim}:$PATH")
+        subprocess.run(["bash", "-e", "-c", "\n".join(steps)], check=True, cwd=folder, env=env)
 
 
 def build(out: Path, what: str, nvcc: str, cuda: Path, cutlass: Path) -> Path:
