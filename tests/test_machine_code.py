@@ -102,14 +102,9 @@ def test_every_tile_multiplies_with_the_block_scaled_instruction():
     found = mma_kernels()
     assert set(found) == {(f"sm_{a}", *tile) for a in CHIPS["sm100"][1] for tile in tiles}
     for (arch, rows, tokens), code in found.items():
-        on_two = ".2CTA" if rows == 256 else ""
-        mma = re.findall(r"UTCOMMA\S*", code)
-        assert mma and all(m == f"UTCOMMA{on_two}.4X" for m in mma), (
-            arch,
-            rows,
-            tokens,
-            mma,
-        )  # 4X: blocks of 16
+        wanted = "UTCOMMA" + (".2CTA" if rows == 256 else "") + BLOCKS_OF_16[arch]
+        mma = set(re.findall(r"UTCOMMA\S*", code))
+        assert mma == {wanted}, (arch, rows, tokens, mma)
         assert "UTCCP" in code and "LDTM" in code and "UTMALDG" in code and "UTMASTG" in code
         for slow in ("HMMA", "FFMA", "LDL", "STL"):
             assert not re.search(rf"\b{slow}\b", code), (arch, rows, tokens, slow)
