@@ -131,6 +131,11 @@ def chip_libraries(chips: list[str]) -> list[cpp_extension.CppExtension]:
     """One library for each chip that has kernels of its own, csrc/kernels/<chip>; it registers with the
     core."""
     own = {chip: sources(f"kernels/{chip}", suffix=".cu") for chip in chips}
+    if "sm100" in chips and not cutlass_include():
+        sys.exit(
+            "NVFP4_CHIPS: sm100 needs CUTLASS's headers: git submodule update --init, or "
+            "pip install --no-deps nvidia-cutlass==4.2.0.0"
+        )
     return [
         library(f"libnvfp4_{chip}", files, CHIPS[chip][1], links=cudart(), includes=[str(cutlass_include())])
         for chip, files in own.items()

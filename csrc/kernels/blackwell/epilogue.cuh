@@ -52,8 +52,8 @@ struct EpilogueNode {
         : p(p), at(at), e(e), n0(n0), row0(row0), last(last) {}
 
     // Loads come in loops of their own, without a condition (past the end: of the last row): so the compiler
-    // sees that a thread's values share a few columns and rows. SASS of the 128x64 tile, sm_100a: 32 loads for
-    // a thread's 64 values, 192 with a condition around each.
+    // sees that a thread's values share a few columns and rows. SASS of the 128x64 tile, sm_100a: 32 loads
+    // for a thread's 64 values, 192 with a condition around each.
     template <int kCount>
     CUTLASS_DEVICE auto visit(const cutlass::Array<float, kCount>& acc, int v, int epi_m, int epi_n) {
       const auto here = at(cute::_, cute::_, cute::_, epi_m, epi_n);
