@@ -12,7 +12,7 @@ if not _library.exists():
         f"nvfp4_moe: {_library} is missing. Build it with `make` or `pip install .` in a checkout."
     )
 torch.ops.load_library(_library)
-# a chip library registers its kernels with the core, whose name for that it must find
+# a chip library registers its kernels with the core, whose symbols it has to see
 ctypes.CDLL(str(_library), mode=ctypes.RTLD_GLOBAL)
 for _chip in sorted(_library.parent.glob("libnvfp4_sm*.so")):
     torch.ops.load_library(_chip)

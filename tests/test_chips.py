@@ -13,9 +13,9 @@ import nvfp4_moe
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = """
 #include "chip.h"
+static void gemm(const nvfp4::GemmParams&, void*, cudaStream_t) {}
 static bool takes(const nvfp4::GemmParams&) { return true; }
 static int64_t workspace(const nvfp4::GemmParams&) { return 0; }
-static void gemm(const nvfp4::GemmParams&, void*, cudaStream_t) {}
 static std::string plan(int64_t, int64_t, int64_t, int64_t, bool) { return "sm77"; }
 static const nvfp4::Chip chip = {"sm77", 7, takes, workspace, gemm, plan};
 static const bool registered = (nvfp4_register_chip(&chip), true);

@@ -81,11 +81,10 @@ struct Mxfp4Params {
 
 struct GemmParams {
   const uint8_t* a_packed;  // [.., K/2] and
-  const uint8_t* a_sf;      // [.., S], or where a_sf_grouped [cosize] as SfGroups; or both null and
+  const uint8_t* a_sf;      // [.., S], or both null and
   const bf16* a;            // [.., K]
   const float* a_scale;     // [] or [..], null with bf16
   bool a_scale_per_row;
-  bool a_sf_grouped;
   const int32_t* rows;     // [R], row r of the product reads a[rows[r]]; null: a[r]
   int64_t a_rows;          // rows of a; entries of `rows` are clamped to it
   const uint8_t* b;        // [E, N, K/2]
@@ -94,8 +93,17 @@ struct GemmParams {
   int64_t alphas;          // 1; 2 (gate, up); N (linear's fused shards)
   const float* bias;       // [E, N] or null
   const int32_t* offsets;  // [E + 1]; null: E = 1 and all R rows belong to it
-  bf16* out;               // [R, N]: bf16((acc * alpha) * a_scale + bias)
+  bf16* out;               // [R, N]: bf16((acc * alpha) * a_scale + bias); rows of no expert are zero
   int64_t R, N, K, E;
+
+  // What a chip's kernel may fuse or ask for (Chip::takes says whether it does); every other kernel is given
+  // none of it.
+  bool a_sf_grouped;  // a_sf is [cosize], as SfGroups of offsets; rows is null
+  bool activated;     // out is [R, N/2]: the activation of gate (the first N/2 columns) and up
+  Act act;
+  float act_alpha, limit;
+  bool a_in_k_order, out_in_k_order;  // columns in the chip's own order, from one product to the next
+  bool leave_tail;                    // rows of no expert may hold anything
 };
 
 struct RouteParams {

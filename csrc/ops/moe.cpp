@@ -136,7 +136,9 @@ Tensor combine(const Tensor& y, const Tensor& slots, const Tensor& weights) {
   return sum;
 }
 
-static void give_codes(GemmParams& p, const std::tuple<Tensor, Tensor, Tensor>& quantized) {
+using Quantized = std::tuple<Tensor, Tensor, Tensor>;
+
+static void give_codes(GemmParams& p, const Quantized& quantized) {
   p.a_packed = in<uint8_t>(std::get<0>(quantized));
   p.a_sf = in<uint8_t>(std::get<1>(quantized));
   p.a_scale = in<float>(std::get<2>(quantized));
@@ -151,6 +153,16 @@ static bool want_grouped_sf(const Tensor& home, GemmParams& p) {
   if (!chip_for(home, grouped)) return false;
   p = grouped;
   return true;
+}
+
+// Lets the chip fuse the activation into the layer's first product, where it can.
+static void fuse_activation(const Tensor& home, GemmParams& p, Act act, double act_alpha, double limit) {
+  GemmParams fused = p;
+  fused.activated = true;
+  fused.act = act;
+  fused.act_alpha = static_cast<float>(act_alpha);
+  fused.limit = static_cast<float>(limit);
+  if (chip_for(home, fused)) p = fused;
 }
 
 Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w13, const Tensor& w13_sf,
@@ -174,7 +186,6 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   const Tensor tokens = aligned(x);
 
   const auto [rows, offsets, slots] = permute(ids, E, first_expert);
-  Tensor gate_up = empty(x, {R, gate_up_width}, kBf16), y = empty(x, {R, H}, kBf16);
   GemmParams first = weight_params(w13, w13_sf, w13_alpha, w13_bias);
   GemmParams second = weight_params(w2, w2_sf, w2_alpha, w2_bias);
   first.rows = in<int32_t>(rows);
@@ -182,26 +193,32 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   second.a_rows = R;
   first.offsets = second.offsets = in<int32_t>(offsets);
   first.R = second.R = R;
-  first.out = out<bf16>(gate_up);
-  second.out = out<bf16>(y);
-  if (quantized) {
-    // elsewhere a token is quantized once and gathered as codes: the same bits as quantizing gathered rows
-    const bool gathered = want_grouped_sf(x, first);
-    const auto a = quantize_rows_grouped(tokens, gathered ? MaybeTensor(rows) : std::nullopt,
-                                         gathered ? MaybeTensor(offsets) : std::nullopt);
-    give_codes(first, a);
-    launch_gemm(x, first);
-    const auto hidden = swiglu_quantize_grouped(
-        gate_up, act, act_alpha, limit, want_grouped_sf(x, second) ? MaybeTensor(offsets) : std::nullopt);
-    give_codes(second, hidden);
-    launch_gemm(x, second);
+  first.leave_tail = second.leave_tail = true;  // combine reads rows of experts only
+  std::optional<Quantized> codes;
+  if (quantized) {  // elsewhere a token is quantized once and gathered as codes: the same bits either way
+    const bool grouped = want_grouped_sf(x, first);
+    give_codes(first, codes.emplace(quantize_rows_grouped(tokens, grouped ? MaybeTensor(rows) : std::nullopt,
+                                                          grouped ? MaybeTensor(offsets) : std::nullopt)));
   } else {
     first.a = in<bf16>(tokens);
-    launch_gemm(x, first);
-    const Tensor hidden = swiglu(gate_up, act, act_alpha, limit);
-    second.a = in<bf16>(hidden);
-    launch_gemm(x, second);
   }
+
+  fuse_activation(x, first, kind, act_alpha, limit);
+  first.out_in_k_order = second.a_in_k_order = first.activated && !quantized && chip_for(x, second);
+  Tensor hidden = empty(x, {R, first.activated ? I : gate_up_width}, kBf16);
+  first.out = out<bf16>(hidden);
+  launch_gemm(x, first);
+  if (quantized) {
+    const MaybeTensor by = want_grouped_sf(x, second) ? MaybeTensor(offsets) : std::nullopt;
+    give_codes(second,
+               codes.emplace(first.activated ? quantize_rows_grouped(hidden, std::nullopt, by)
+                                             : swiglu_quantize_grouped(hidden, act, act_alpha, limit, by)));
+  } else {
+    second.a = in<bf16>(first.activated ? hidden : hidden = swiglu(hidden, act, act_alpha, limit));
+  }
+  Tensor y = empty(x, {R, H}, kBf16);
+  second.out = out<bf16>(y);
+  launch_gemm(x, second);
   return combine(y, slots, weights);
 }
 

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kSetUpThreads)
   for (int i = t / 32; i < kSetUpRows && first + i < R; i += kSetUpWarps) {
     const int64_t r = first + i;
     if (places[i] >= 0 && spread) spread_scales(p, r, places[i], spread);
-    if (places[i] < 0)
+    if (places[i] < 0 && !p.leave_tail)
       for (int64_t n = 8 * (t % 32); n < p.N; n += 8 * 32)  // N is a multiple of 8
         *reinterpret_cast<uint4*>(p.out + r * p.N + n) = uint4{};
   }

@@ -1,0 +1,108 @@
+// Grouped products on Hopper: which tile runs, its tensor maps, and the chip's entry in the core.
+#include "../chip.h"
+#include "gemm_problem.h"
+#include "launch.h"
+#include "tile.h"
+
+namespace nvfp4::sm90 {
+namespace {
+
+struct Choice {
+  const char* name;
+  int64_t rows_an_expert;  // up to which this one runs
+  int rows, tokens, ctas;
+  TileLauncher* launch;
+};
+
+template <class T>
+constexpr Choice choice(const char* name, int64_t rows_an_expert, TileLauncher* launch) {
+  return {name, rows_an_expert, T::kRows, T::kTokens, T::kCtas, launch};
+}
+
+constexpr Choice kTable[] = {
+    choice<Tile8>("128x8", 3, launch_8),
+    choice<Tile16>("128x16", 8, launch_16),
+    choice<Tile32>("256x32", 20, launch_32),
+    choice<Tile64>("256x64", 48, launch_64),
+    choice<Tile128>("256x128", INT64_MAX, launch_128),
+};
+
+const Choice& choose(int64_t R, int64_t E) {
+  const int64_t rows = (R + E - 1) / (E ? E : 1);
+  for (const Choice& c : kTable)
+    if (rows <= c.rows_an_expert) return c;
+  return kTable[0];
+}
+
+decltype(&cuTensorMapEncodeTiled) encoder() {
+  static const auto encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
+                                                &result));
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  return encode;
+}
+
+// Rows of 128-byte swizzled boxes.
+CUtensorMap tensor_map(CUtensorMapDataType type, int element_bytes, const void* data, int64_t width,
+                       int64_t rows, int box_rows) {
+  CUtensorMap map;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(width * element_bytes)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / element_bytes), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[] = {1, 1};
+  const CUresult result = encoder()(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
+                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("nvfp4: cuTensorMapEncodeTiled: error " + std::to_string(result));
+  return map;
+}
+
+bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Rows of 16 bytes for the copy engine; a fused activation pairs whole blocks of 64 rows.
+bool takes(const GemmParams& p) {
+  const bool sizes = p.K > 0 && p.K % 32 == 0 && p.N % 8 == 0 && p.E > 0 && p.E <= kMostExperts;
+  const bool index = p.R < INT32_MAX / 2 && p.a_rows < INT32_MAX / 2 && p.E * p.N < INT32_MAX / 2;
+  return sizes && index && !p.a_sf_grouped && aligned16(p.b) && aligned16(p.b_sf) && aligned16(p.out) &&
+         (!p.activated || (p.act != Act::relu2 && p.N % 128 == 0));
+}
+
+int64_t workspace(const GemmParams& p) {
+  return p.a_in_k_order ? 0 : p.R * ordered_width(p.K) * static_cast<int64_t>(sizeof(bf16));
+}
+
+void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
+  if (p.R == 0 || p.a_rows == 0) return;
+  const bf16* tokens = p.a;
+  if (!p.a_in_k_order) {
+    order_tokens(p, static_cast<bf16*>(scratch), stream);
+    tokens = static_cast<const bf16*>(scratch);
+  }
+  const Choice& tile = choose(p.R, p.E);
+  const int tile_rows = p.activated ? tile.rows / 2 : tile.rows;
+  const int64_t rows = p.activated ? p.N / 2 : p.N;
+  const int steps = static_cast<int>(ordered_width(p.K) / 64);
+  const Problem problem{p, p.activated, static_cast<int>((rows + tile_rows - 1) / tile_rows), steps, steps};
+  tile.launch(problem, tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.K / 2, p.E * p.N, tile.rows / 2),
+              tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, tokens, ordered_width(p.K), p.R, tile.tokens),
+              stream);
+}
+
+std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, bool packed_a) {
+  const Choice& tile = choose(R, E);
+  const int64_t tiles = (N + tile.rows - 1) / tile.rows * (E ? E : 1);
+  return "sm90 " + std::string(tile.name) + " (weight rows x tokens), K " + std::to_string(K) +
+         " in steps of 64, " + std::to_string(tiles) + " or more tiles on " +
+         std::to_string(cuda::sm_count() * tile.ctas) + " CTAs" +
+         (packed_a ? ", activations decoded to BF16 before" : "");
+}
+
+const Chip kChip{"sm90", 9, takes, workspace, grouped_gemm, gemm_plan};
+[[maybe_unused]] const bool registered = (nvfp4_register_chip(&kChip), true);
+
+}  // namespace
+}  // namespace nvfp4::sm90

@@ -1,0 +1,19 @@
+// A grouped product as its kernel reads it.
+#pragma once
+#include <cstdint>
+
+#include "../params.h"
+
+namespace nvfp4::sm90 {
+
+constexpr int64_t kMostExperts = 4096;  // the tile table of all experts is in shared memory
+
+struct Problem {
+  GemmParams p;
+  bool gated;         // low rows from n, high rows from N/2 + n; else the tile's two halves follow each other
+  int32_t row_tiles;  // tiles of weight rows
+  int32_t steps;      // ceil(K / 64)
+  int32_t sf_columns;  // ceil(K / 64): atoms of scales
+};
+
+}  // namespace nvfp4::sm90

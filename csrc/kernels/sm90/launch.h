@@ -1,0 +1,42 @@
+// What the host side of this chip's files shares.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "../cuda/device.h"
+#include "../params.h"
+
+namespace nvfp4::sm90 {
+
+struct Problem;
+
+// prepare.cu: the tokens of a product in the kernel's order of K, [R, ordered_width(K)].
+int64_t ordered_width(int64_t K);
+void order_tokens(const GemmParams& p, bf16* out, cudaStream_t stream);
+
+// One instantiation a file: gemm_<tokens>.cu.
+using TileLauncher = void(const Problem&, const CUtensorMap& weights, const CUtensorMap& tokens,
+                          cudaStream_t);
+TileLauncher launch_8, launch_16, launch_32, launch_64, launch_128;
+
+// A kernel that begins with follow(): it comes up while the one before it on the stream still runs.
+template <class... Params>
+void launch_after(void (*kernel)(Params...), unsigned ctas, int threads, int64_t shared_bytes,
+                  cudaStream_t stream, const std::type_identity_t<Params>&... params) {
+  if (ctas == 0) return;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(ctas);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params...));
+}
+
+}  // namespace nvfp4::sm90

@@ -1,0 +1,61 @@
+// The shapes a kernel comes in, as types: which one runs is chosen by the table in plan.h.
+#pragma once
+#include <vector_types.h>
+
+#include <cstdint>
+
+namespace nvfp4::sm90 {
+
+constexpr int kCodeBytes = 128;      // of a weight row in one stage: 256 codes, the width of a swizzled box
+constexpr int kStageSteps = 4;       // steps of K = 64 in it
+constexpr int kSfColumnBytes = 512;  // an atom of interleaved scales: 128 rows, one step
+constexpr int kStripBytes = kStageSteps * kSfColumnBytes;  // a stage's scales of 128 rows
+
+// A CTA computes kRows weight rows x kTokens tokens over all of K: kWarpgroups times kUnits tiles of 64 rows.
+// A tile pairs `low` rows, the first half of the CTA's, with `high` ones, the second half (gate with up): a
+// thread of the MMA holds both of a pair.
+template <int kWarpgroups_, int kUnits_, int kTokens_, int kSlabs_, int kGroup_, int kBuffers_,
+          int kWeightStages_, int kTokenStages_, int kCtas_>
+struct Tile {
+  static constexpr int kWarpgroups = kWarpgroups_, kUnits = kUnits_;  // 64-row tiles a warpgroup
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kSlabs = kSlabs_;      // steps of K in a stage of tokens
+  static constexpr int kGroup = kGroup_;      // steps decoded and multiplied at once
+  static constexpr int kBuffers = kBuffers_;  // of decoded operands
+  static constexpr int kWeightStages = kWeightStages_, kTokenStages = kTokenStages_;
+  static constexpr int kCtas = kCtas_;  // a multiprocessor
+  static constexpr bool kShifts =
+      kCtas == 1;  // registers from the producers, a warpgroup then, to the consumers
+  static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + (kShifts ? 128 : 64);
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters =
+      (65536 / kThreads / 8 * 8 * (kWarpgroups + 1) - kProducerRegisters) / kWarpgroups / 8 * 8;
+  static constexpr int kRows = 64 * kWarpgroups * kUnits, kHalf = kRows / 2;
+  static constexpr int kStrips = (kHalf + 127) / 128 + kHalf / 128;  // 128-row strips half a tile may touch
+  static constexpr int kSlabBytes = kTokens * 128;
+  static constexpr int kSlice = kTokens < 32 ? kTokens : 32;  // tokens the epilogue stages at once
+
+  struct Shared {
+    alignas(1024) uint8_t codes[kWeightStages][kRows * kCodeBytes];
+    alignas(1024) uint8_t tokens[kTokenStages][kSlabs * kSlabBytes];
+    alignas(128) uint8_t scales[kWeightStages][2][kStrips][kStripBytes];
+    alignas(16) uint8_t out[kWarpgroups][2 * kUnits][kSlice][80];  // 64 bytes of a token each
+    uint64_t weights_full[kWeightStages], weights_free[kWeightStages];
+    uint64_t tokens_full[kTokenStages], tokens_free[kTokenStages];
+    int2 first[1];  // [E + 1] token tiles and rows before an expert's own
+  };
+  static int64_t shared_bytes(int64_t E) { return sizeof(Shared) + sizeof(int2) * E; }
+  static_assert(kWarpgroups * kUnits % 2 == 0, "row mapping works on pairs of 64-row tiles");
+  static_assert(kStageSteps % kSlabs == 0 && kSlabs % kGroup == 0);
+  static constexpr int kRound = kGroup * kBuffers > kUnits ? kGroup * kBuffers / kUnits : kGroup;
+  static_assert(kSlabs % kRound == 0, "steps that use every buffer once end with a stage");
+};
+
+//                wgs units tokens slabs group buffers stages of weights, tokens; CTAs
+using Tile8 = Tile<2, 1, 8, 4, 1, 2, 4, 4, 2>;
+using Tile16 = Tile<2, 1, 16, 4, 1, 2, 4, 3, 2>;
+using Tile32 = Tile<4, 1, 32, 4, 1, 2, 3, 4, 1>;
+using Tile64 = Tile<4, 1, 64, 2, 1, 2, 3, 4, 1>;
+using Tile128 = Tile<2, 2, 128, 1, 1, 2, 2, 7, 1>;
+
+}  // namespace nvfp4::sm90
