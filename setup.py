@@ -58,6 +58,7 @@ NVCC_FLAGS = [
     "-std=c++20",
     "-O3",
     "--fmad=false",
+    "--expt-relaxed-constexpr",  # CUTLASS calls host constexpr functions on the device
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xptxas=-warn-spills",
 ]
@@ -130,6 +131,11 @@ def chip_libraries(chips: list[str]) -> list[cpp_extension.CppExtension]:
     """One library for each chip that has kernels of its own, csrc/kernels/<chip>; it registers with the
     core."""
     own = {chip: sources(f"kernels/{chip}", suffix=".cu") for chip in chips}
+    if "sm100" in chips and not cutlass_include():
+        sys.exit(
+            "NVFP4_CHIPS: sm100 needs CUTLASS's headers: git submodule update --init, or "
+            "pip install --no-deps nvidia-cutlass==4.2.0.0"
+        )
     return [
         library(f"libnvfp4_{chip}", files, CHIPS[chip][1], links=cudart(), includes=[str(cutlass_include())])
         for chip, files in own.items()
@@ -153,14 +159,14 @@ def cute_probe(cutlass: Path) -> cpp_extension.CppExtension:
 
     return cpp_extension.CppExtension(
         "nvfp4_moe._cute",
-        ["csrc/cute/layout.cpp"],
+        sources("cute", suffix=".cpp"),
         include_dirs=[
             pybind11.get_include(),
             str(cutlass),
             f"{CUDA_HOME}/include",
             f"{CUDA_HOME}/include/cccl",
         ],
-        extra_compile_args=["-std=c++20", "-O1", "-w"],
+        extra_compile_args=["-std=c++20", "-O1", "-w", "-ffp-contract=off"],
     )
 
 
@@ -180,23 +186,25 @@ class PortableWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-drop_stale_objects()
-chips = wanted_chips()
-extensions = [core(chips), *chip_libraries(chips)]
-in_place = any(command in sys.argv for command in ("editable_wheel", "develop", "build_ext"))
-cute = in_place and CUDA_HOME and cutlass_include()
-if cute:
-    extensions.append(cute_probe(cute))
-built = ["cpu", *chips] + (["_cute (CUTLASS layouts, for tests)"] if cute else [])
-print(
-    f"nvfp4_moe: building {', '.join(built)}" + ("" if CUDA_HOME else "; no nvcc found, so no GPU kernels"),
-    file=sys.stderr,
-)
+if __name__ == "__main__":  # so that tests can import the above
+    drop_stale_objects()
+    chips = wanted_chips()
+    extensions = [core(chips), *chip_libraries(chips)]
+    in_place = any(command in sys.argv for command in ("editable_wheel", "develop", "build_ext"))
+    cute = in_place and CUDA_HOME and cutlass_include()
+    if cute:
+        extensions.append(cute_probe(cute))
+    built = ["cpu", *chips] + (["_cute (CUTLASS layouts, for tests)"] if cute else [])
+    print(
+        f"nvfp4_moe: building {', '.join(built)}"
+        + ("" if CUDA_HOME else "; no nvcc found, so no GPU kernels"),
+        file=sys.stderr,
+    )
 
-setup(
-    ext_modules=extensions,
-    cmdclass={
-        "build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True),
-        "bdist_wheel": PortableWheel,
-    },
-)
+    setup(
+        ext_modules=extensions,
+        cmdclass={
+            "build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True),
+            "bdist_wheel": PortableWheel,
+        },
+    )

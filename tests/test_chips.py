@@ -38,3 +38,13 @@ def test_a_loaded_chip_library_serves_its_generation(tmp_path):
     ctypes.CDLL(str(library))
     name = ctypes.cast(chip_for(7), ctypes.POINTER(ctypes.c_char_p))[0]
     assert name == b"sm77" and chip_for(6) is None
+
+
+def test_every_chip_library_beside_the_core_has_registered():
+    core = Path(nvfp4_moe._library).resolve()
+    chip_for = ctypes.CDLL(str(core)).nvfp4_chip_for
+    chip_for.restype = ctypes.c_void_p
+    for library in core.parent.glob("libnvfp4_sm*.so"):
+        chip = library.stem.removeprefix("libnvfp4_")
+        name = ctypes.cast(chip_for(int(chip[2:-1])), ctypes.POINTER(ctypes.c_char_p))[0]
+        assert name == chip.encode()

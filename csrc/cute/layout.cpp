@@ -29,8 +29,11 @@ pybind11::dict describe(const Layout& layout, int rows, int K) {
 
 }  // namespace
 
+void bind_shadow(pybind11::module_& m);  // shadow.cpp
+
 PYBIND11_MODULE(_cute, m) {
   m.doc() = "CUTLASS's scale-factor layouts for SF vector size 16.";
   m.def("sfa", [](int rows, int K) { return describe(layout_a(rows, K), rows, K); }, "operand a, [rows, K]");
   m.def("sfb", [](int rows, int K) { return describe(layout_b(rows, K), rows, K); }, "operand b, [rows, K]");
+  bind_shadow(m);
 }

@@ -96,8 +96,10 @@ struct GemmParams {
   bf16* out;               // [R, N]: bf16((acc * alpha) * a_scale + bias); rows of no expert are zero
   int64_t R, N, K, E;
 
-  // What a chip's kernel may fuse (Chip::takes says whether it does); every other kernel is given none of it.
-  bool activated;  // out is [R, N/2]: the activation of gate (the first N/2 columns) and up
+  // What a chip's kernel may fuse or ask for (Chip::takes says whether it does); every other kernel is given
+  // none of it.
+  bool a_sf_grouped;  // a_sf is [cosize], as SfGroups of offsets; rows is null
+  bool activated;     // out is [R, N/2]: the activation of gate (the first N/2 columns) and up
   Act act;
   float act_alpha, limit;
   bool a_in_k_order, out_in_k_order;  // columns in the chip's own order, from one product to the next

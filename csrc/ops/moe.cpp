@@ -145,6 +145,16 @@ static void give_codes(GemmParams& p, const Quantized& quantized) {
   p.a_scale_per_row = true;
 }
 
+// Block-scaled tensor cores read rows as the copy engine brings them: gathered, their scales by expert.
+static bool want_grouped_sf(const Tensor& home, GemmParams& p) {
+  GemmParams grouped = p;
+  grouped.rows = nullptr;
+  grouped.a_sf_grouped = true;
+  if (!chip_for(home, grouped)) return false;
+  p = grouped;
+  return true;
+}
+
 // Lets the chip fuse the activation into the layer's first product, where it can.
 static void fuse_activation(const Tensor& home, GemmParams& p, Act act, double act_alpha, double limit) {
   GemmParams fused = p;
@@ -185,22 +195,27 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   first.R = second.R = R;
   first.leave_tail = second.leave_tail = true;  // combine reads rows of experts only
   std::optional<Quantized> codes;
-  if (quantized)  // a token is quantized once and gathered as codes: the same bits as quantizing gathered
-                  // rows
-    give_codes(first, codes.emplace(quantize_rows(tokens, std::nullopt)));
-  else
+  if (quantized) {  // elsewhere a token is quantized once and gathered as codes: the same bits either way
+    const bool grouped = want_grouped_sf(x, first);
+    give_codes(first, codes.emplace(quantize_rows_grouped(tokens, grouped ? MaybeTensor(rows) : std::nullopt,
+                                                          grouped ? MaybeTensor(offsets) : std::nullopt)));
+  } else {
     first.a = in<bf16>(tokens);
+  }
 
   fuse_activation(x, first, kind, act_alpha, limit);
   first.out_in_k_order = second.a_in_k_order = first.activated && !quantized && chip_for(x, second);
   Tensor hidden = empty(x, {R, first.activated ? I : gate_up_width}, kBf16);
   first.out = out<bf16>(hidden);
   launch_gemm(x, first);
-  if (quantized)
-    give_codes(second, codes.emplace(first.activated ? quantize_rows(hidden, std::nullopt)
-                                                     : swiglu_quantize(hidden, act, act_alpha, limit)));
-  else
+  if (quantized) {
+    const MaybeTensor by = want_grouped_sf(x, second) ? MaybeTensor(offsets) : std::nullopt;
+    give_codes(second,
+               codes.emplace(first.activated ? quantize_rows_grouped(hidden, std::nullopt, by)
+                                             : swiglu_quantize_grouped(hidden, act, act_alpha, limit, by)));
+  } else {
     second.a = in<bf16>(first.activated ? hidden : hidden = swiglu(hidden, act, act_alpha, limit));
+  }
   Tensor y = empty(x, {R, H}, kBf16);
   second.out = out<bf16>(y);
   launch_gemm(x, second);

@@ -71,8 +71,8 @@ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 bool takes(const GemmParams& p) {
   const bool sizes = p.K > 0 && p.K % 32 == 0 && p.N % 8 == 0 && p.E > 0 && p.E <= kMostExperts;
   const bool index = p.R < INT32_MAX / 2 && p.a_rows < INT32_MAX / 2 && p.E * p.N < INT32_MAX / 2;
-  return sizes && index && aligned16(p.b) && aligned16(p.b_sf) && aligned16(p.out) && aligned16(p.a) &&
-         aligned16(p.a_packed) && (!p.activated || (p.act != Act::relu2 && p.N % 128 == 0));
+  return sizes && index && !p.a_sf_grouped && aligned16(p.b) && aligned16(p.b_sf) && aligned16(p.out) &&
+         aligned16(p.a) && aligned16(p.a_packed) && (!p.activated || (p.act != Act::relu2 && p.N % 128 == 0));
 }
 
 int64_t workspace(const GemmParams& p) {

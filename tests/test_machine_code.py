@@ -1,0 +1,118 @@
+"""The machine code of the chip libraries: for exactly the architectures claimed, with the instructions that
+the tile table promises, nothing kept in local memory."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+CHIPS = pytest.importorskip("setup", reason="not a checkout").CHIPS
+
+LIBRARIES = sorted((ROOT / "nvfp4_moe").glob("libnvfp4_sm*.so"))
+
+
+BLOCKS_OF_16 = {"sm_100a": ".4X", "sm_103a": ".BLOCK16"}  # how nvdisasm calls a scale for 16 values
+
+
+def tools() -> str | None:
+    """A folder with cuobjdump and nvdisasm: on PATH, or of the PyPI packages nvidia-cuda-*."""
+    found = shutil.which("cuobjdump")
+    if found and shutil.which("nvdisasm"):
+        return str(Path(found).parent)
+    nvidia = importlib.util.find_spec("nvidia")
+    for site in nvidia.submodule_search_locations if nvidia else []:
+        for found in Path(site).glob("*/bin/cuobjdump"):
+            if found.with_name("nvdisasm").exists():
+                return str(found.parent)
+    return None
+
+
+pytestmark = pytest.mark.skipif(tools() is None, reason="no cuobjdump and nvdisasm")
+
+
+@cache
+def dump(library: Path, *what: str) -> str:
+    env = {**os.environ, "PATH": f"{tools()}{os.pathsep}{os.environ['PATH']}"}
+    command = [f"{tools()}/cuobjdump", *what, library]
+    return subprocess.run(command, env=env, capture_output=True, text=True).stdout
+
+
+@cache
+def kernels(library: Path) -> dict[tuple[str, str], str]:
+    """(architecture, mangled name) -> SASS."""
+    found, arch, name = {}, "", ""
+    for line in dump(library, "--dump-sass").splitlines():
+        if m := re.search(r"arch = (\w+)", line):
+            arch, name = m[1], ""
+        elif m := re.search(r"Function : (\S+)", line):
+            name = m[1]
+            found[arch, name] = []
+        elif name:
+            found[arch, name].append(line)
+    return {key: "\n".join(lines) for key, lines in found.items()}
+
+
+@pytest.fixture(params=LIBRARIES, ids=lambda p: p.stem)
+def library(request):
+    return request.param
+
+
+def blackwell() -> Path:
+    library = ROOT / "nvfp4_moe/libnvfp4_sm100.so"
+    if not library.exists():
+        pytest.skip("built without sm100")
+    return library
+
+
+def test_there_is_code_for_the_architectures_claimed_and_nothing_to_be_compiled_later(library):
+    chip = library.stem.removeprefix("libnvfp4_")
+    assert set(re.findall(r"\.(sm_\w+)\.cubin", dump(library, "-lelf"))) == {
+        f"sm_{a}" for a in CHIPS[chip][1]
+    }
+    assert "ptx" not in dump(library, "-lptx")
+
+
+def test_no_kernel_keeps_values_in_local_memory(library):
+    usage = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+                       dump(library, "--dump-resource-usage"))  # fmt: skip
+    assert usage
+    for name, registers, stack, _, local in usage:
+        assert int(local) == 0 and int(stack) == 0 and int(registers) <= 255, name
+
+
+def mma_kernels() -> dict[tuple[str, int, int], str]:
+    """(architecture, rows of weights, tokens) -> SASS of the tile's kernel."""
+    found = {}
+    for (arch, name), code in kernels(blackwell()).items():
+        if m := re.search(r"SM100_MMA_MXF4\w*?E?Li(\d+)ELi(\d+)ELi16E", name):
+            found[arch, int(m[1]), int(m[2])] = code
+    return found
+
+
+def test_every_tile_multiplies_with_the_block_scaled_instruction():
+    tiles = {(128, 64), (128, 128), (128, 256), (256, 256)}
+    found = mma_kernels()
+    assert set(found) == {(f"sm_{a}", *tile) for a in CHIPS["sm100"][1] for tile in tiles}
+    for (arch, rows, tokens), code in found.items():
+        wanted = "UTCOMMA" + (".2CTA" if rows == 256 else "") + BLOCKS_OF_16[arch]
+        mma = set(re.findall(r"UTCOMMA\S*", code))
+        assert mma == {wanted}, (arch, rows, tokens, mma)
+        assert "UTCCP" in code and "LDTM" in code and "UTMALDG" in code and "UTMASTG" in code
+        for slow in ("HMMA", "FFMA", "LDL", "STL"):
+            assert not re.search(rf"\b{slow}\b", code), (arch, rows, tokens, slow)
+
+
+def test_a_launch_of_every_tile_fits_its_registers():
+    """256 threads of a CTA share 65,536 registers."""
+    for name, registers in re.findall(
+        r"Function (\S+):\s*\n\s*REG:(\d+)", dump(blackwell(), "--dump-resource-usage")
+    ):
+        assert int(registers) * 256 <= 65536, name
