@@ -179,7 +179,8 @@ struct Kernel {
   struct Places {
     uint32_t codes;                 // of unit 0's low row at step 0; step s: ^ 32 s, the swizzle
     uint32_t scales[2][T::kUnits];  // low, high
-    uint32_t select;                // the lane's two scale bytes out of two words
+    int steps;        // of this lane's columns: past them a scale is padding, and may be anything
+    uint32_t select;  // the lane's two scale bytes out of two words
   };
 
   // A value the compiler cannot work out again: it would, in the inner loop, to save registers.
@@ -197,6 +198,7 @@ struct Kernel {
         at.scales[half][u] = (half * T::kStrips + row / 128) * kStripBytes + row % 32 * 16 + row / 32 % 4 * 4;
       }
     at.select = c | (8 | c) << 4 | (4 + c) << 8 | (12 + c) << 12;  // no scale is negative: sign bytes are 0
+    at.steps = static_cast<int>((p.K / kBlock + 3 - c) / 4);
     keep(at.codes);
     keep(at.select);
 #pragma unroll
@@ -257,8 +259,7 @@ struct Kernel {
             const Raw now = raw;
             if (q + 1 < kGroup) raw = load(at, codes, scales, s + q + 1, u);
             uint32_t bytes = permute_bytes(now.low_scales, now.high_scales, at.select);
-            if ((s + q) % kRound > 0 && step + s + q >= problem.steps) bytes = 0;  // past the last column
-            worst[u] = __vmaxu2(worst[u], bytes);
+            if (step + s + q < at.steps) worst[u] = __vmaxu2(worst[u], bytes);
             decode(now.low, now.high, decode_scales(bytes),
                    *reinterpret_cast<uint32_t (*)[16]>(raw_pointer_cast(a(_, _, 4 * q).data())));
           }

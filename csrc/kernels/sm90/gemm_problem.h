@@ -6,7 +6,7 @@
 
 namespace nvfp4::sm90 {
 
-constexpr int64_t kMostExperts = 4096;  // the tile table of all experts is in shared memory
+constexpr int64_t kMostExperts = 1536;  // a table of all is in shared memory
 
 struct Problem {
   GemmParams p;

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "gemm_problem.h"
+
 namespace nvfp4::sm90 {
 
 constexpr int kCodeBytes = 128;      // of a weight row in one stage: 256 codes, the width of a swizzled box
@@ -20,7 +22,7 @@ struct Tile {
   static constexpr int kWarpgroups = kWarpgroups_, kUnits = kUnits_;  // 64-row tiles a warpgroup
   static constexpr int kTokens =
       kTokens_;  // at most; the MMA's N is the least of kLeast, + kStep, .. that does
-  static constexpr int kLeast = kLeast_, kStep = 16;
+  static constexpr int kLeast = kLeast_, kStep = 32;
   static constexpr int kSlabs = kSlabs_;  // steps of K in a stage of tokens
   static constexpr int kGroup = kGroup_;  // steps decoded and multiplied at once
   static constexpr int kBuffers = 2;      // of decoded operands
@@ -48,6 +50,7 @@ struct Tile {
     uint64_t tokens_full[kTokenStages], tokens_free[kTokenStages];
     int2 first[1];  // [E + 1] token tiles and rows before an expert's own
   };
+  static_assert(kCtas * (sizeof(Shared) + sizeof(int2) * kMostExperts + 1024) <= 228 << 10);
   static int64_t shared_bytes(int64_t E) { return sizeof(Shared) + sizeof(int2) * E; }
   static_assert(kWarpgroups * kUnits % 2 == 0, "row mapping works on pairs of 64-row tiles");
   static_assert(kStageSteps % kSlabs == 0 && kSlabs % kGroup == 0);
