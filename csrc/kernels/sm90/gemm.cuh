@@ -259,7 +259,8 @@ struct Kernel {
             const Raw now = raw;
             if (q + 1 < kGroup) raw = load(at, codes, scales, s + q + 1, u);
             uint32_t bytes = permute_bytes(now.low_scales, now.high_scales, at.select);
-            if (step + s + q < at.steps) worst[u] = __vmaxu2(worst[u], bytes);
+            if (step + s + q >= at.steps) bytes = 0;
+            worst[u] = __vmaxu2(worst[u], bytes);
             decode(now.low, now.high, decode_scales(bytes),
                    *reinterpret_cast<uint32_t (*)[16]>(raw_pointer_cast(a(_, _, 4 * q).data())));
           }
