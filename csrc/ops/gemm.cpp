@@ -151,7 +151,7 @@ std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, std::string co
   const int capability = cuda::capability();
   if (capability == 0) return cpu::gemm_plan(R, N, K, E, quantized);
   const Chip* chip = nvfp4_chip_for(capability / 10);
-  static const bf16 any{};
+  alignas(16) static const bf16 any{};
   GemmParams p{};
   p.a = quantized ? nullptr : &any;
   p.R = R, p.N = N, p.K = K, p.E = E;

@@ -193,7 +193,7 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   second.a_rows = R;
   first.offsets = second.offsets = in<int32_t>(offsets);
   first.R = second.R = R;
-  first.leave_tail = second.leave_tail = true;  // combine reads rows of experts only
+  second.leave_tail = true;  // combine reads rows of experts only
   std::optional<Quantized> codes;
   if (quantized) {  // elsewhere a token is quantized once and gathered as codes: the same bits either way
     const bool grouped = want_grouped_sf(x, first);
@@ -205,6 +205,7 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
 
   fuse_activation(x, first, kind, act_alpha, limit);
   first.out_in_k_order = second.a_in_k_order = first.activated && !quantized && chip_for(x, second);
+  first.leave_tail = first.activated && !quantized;  // or the tail is read by what follows
   Tensor hidden = empty(x, {R, first.activated ? I : gate_up_width}, kBf16);
   first.out = out<bf16>(hidden);
   launch_gemm(x, first);

@@ -279,6 +279,7 @@ struct Kernel {
         }
         if (s % T::kSlabs == T::kSlabs - kGroup) next_tokens(pipe);
       }
+      __syncwarp();  // the arrival speaks for loads of all lanes
       if (arrives) barrier_arrive(&shared.weights_free[pipe.weights]);
       if (++pipe.weights == T::kWeightStages) pipe.weights = 0, pipe.weights_parity ^= 1;
     }
