@@ -156,7 +156,8 @@ __device__ void Kernel<T>::consume() const {
 template <class T>
 __device__ void zero_tail(const Kernel<T>& kernel) {
   const GemmParams& p = kernel.p;
-  const int64_t begin = kernel.rows_before(static_cast<int>(p.E)) * p.N / 8, end = p.R * p.N / 8;
+  const int64_t pieces = (kernel.problem.gated ? p.N / 2 : p.N) / 8;
+  const int64_t begin = kernel.rows_before(static_cast<int>(p.E)) * pieces, end = p.R * pieces;
   uint4* out = reinterpret_cast<uint4*>(p.out);
   for (int64_t i = begin + blockIdx.x * T::kThreads + threadIdx.x; i < end; i += gridDim.x * T::kThreads)
     out[i] = {};
