@@ -43,10 +43,10 @@ struct Words {
 };
 
 constexpr uint32_t kPairBits = 0x81c081c0u;
-constexpr int kRotate1 = 4, kRotate2 = 10;    // pairs 1 and 2 of a word; pair 0: none
-constexpr int kRotateSecond = 2;              // brings the second word's rest
-constexpr uint32_t kFirstRest = 0x06030603u;  // beside the first word's
-constexpr int kRotateRest[2] = {6, 12};       // pair 3 of either word, out of both rests
+constexpr int kRotate1 = 4, kRotate2 = 10;                        // pairs 1 and 2 of a word; pair 0: none
+constexpr int kRotateSecond = 2;                                  // brings the second word's rest
+constexpr uint32_t kFirstRest = 0x06030603u;                      // beside the first word's
+NVFP4_HD constexpr int rotate_rest(int h) { return h ? 12 : 6; }  // pair 3 of either word, out of both rests
 
 NVFP4_HD constexpr uint32_t rotate_left(uint32_t x, int by) { return x << by | x >> (32 - by); }
 NVFP4_HD constexpr uint32_t rotate_right(uint32_t x, int by) { return x >> by | x << (32 - by); }
@@ -65,8 +65,8 @@ NVFP4_HD constexpr uint32_t pack_word(uint32_t codes) {  // its pairs 0 to 2
          rotate_right(spread(codes, 2), kRotate2);
 }
 NVFP4_HD constexpr Words pack_block(Words codes) {
-  const uint32_t rest = rotate_right(spread(codes.first, 3), kRotateRest[0]) |
-                        rotate_right(spread(codes.second, 3), kRotateRest[1]);
+  const uint32_t rest = rotate_right(spread(codes.first, 3), rotate_rest(0)) |
+                        rotate_right(spread(codes.second, 3), rotate_rest(1));
   return {pack_word(codes.first) | (rest & kFirstRest),
           pack_word(codes.second) | rotate_right(rest & ~kFirstRest, kRotateSecond)};
 }
@@ -77,7 +77,7 @@ NVFP4_HD constexpr uint32_t rest_of(Words packed) {
 NVFP4_HD constexpr uint32_t unpack_word(uint32_t packed, uint32_t rest, int h) {
   return gather(packed & kPairBits, 0) | gather(rotate_left(packed, kRotate1) & kPairBits, 1) |
          gather(rotate_left(packed, kRotate2) & kPairBits, 2) |
-         gather(rotate_left(rest, kRotateRest[h]) & kPairBits, 3);
+         gather(rotate_left(rest, rotate_rest(h)) & kPairBits, 3);
 }
 NVFP4_HD constexpr Words unpack_block(Words packed) {
   const uint32_t rest = rest_of(packed);
