@@ -69,6 +69,20 @@ struct RemapParams {  // remap: src linear, dst interleaved; unmap: the other wa
   SfLayout layout;
 };
 
+struct PackParams {     // sm90/packed.h
+  const uint8_t* b;     // [E, N, K/2]
+  const uint8_t* b_sf;  // [E, cosize(N, S)] interleaved
+  int64_t E, N, K;
+  uint8_t* packed;  // [E, packed_bytes(N, K)]
+};
+
+struct UnpackParams {
+  const uint8_t* packed;  // [E, packed_bytes(N, K)]
+  int64_t E, N, K;
+  uint8_t* b;     // [E, N, K/2]
+  uint8_t* b_sf;  // [E, cosize(N, S)] interleaved
+};
+
 struct Mxfp4Params {
   const uint8_t* packed;  // [E, N, K/2]
   const uint8_t* e8m0;    // [E, N, K/32]
