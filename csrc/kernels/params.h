@@ -101,6 +101,7 @@ struct GemmParams {
   bool a_scale_per_row;
   const int32_t* rows;     // [R], row r of the product reads a[rows[r]]; null: a[r]
   int64_t a_rows;          // rows of a; entries of `rows` are clamped to it
+  const int32_t* slots;    // [a_rows, R / a_rows], the inverse of `rows` where it is known: -1 or a row
   const uint8_t* b;        // [E, N, K/2]; packed: [E, packed_bytes(N, K)] of sm90/packed.h, b_sf null
   const uint8_t* b_sf;     // [E, cosize(N, S)] interleaved
   const float* alpha;      // [E, alphas]: column n takes alpha[e][n * alphas / N]

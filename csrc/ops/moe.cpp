@@ -148,7 +148,7 @@ static void give_codes(GemmParams& p, const Quantized& quantized) {
 // Block-scaled tensor cores read rows as the copy engine brings them: gathered, their scales by expert.
 static bool want_grouped_sf(const Tensor& home, GemmParams& p) {
   GemmParams grouped = p;
-  grouped.rows = nullptr;
+  grouped.rows = grouped.slots = nullptr;
   grouped.a_sf_grouped = true;
   if (!chip_for(home, grouped)) return false;
   p = grouped;
@@ -203,6 +203,7 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   GemmParams first = weight_params(w13, w13_sf, w13_alpha, w13_bias, gate_up_width, H);
   GemmParams second = weight_params(w2, w2_sf, w2_alpha, w2_bias, H, I);
   first.rows = in<int32_t>(rows);
+  first.slots = in<int32_t>(slots);
   first.a_rows = T;
   second.a_rows = R;
   first.offsets = second.offsets = in<int32_t>(offsets);

@@ -214,10 +214,12 @@ __device__ void zero_tail(const Kernel& kernel) {
   const int64_t pieces = (kernel.problem.gated ? p.N / 2 : p.N) / 8;
   const int64_t begin = kernel.rows_before(static_cast<int>(p.E)) * pieces, end = p.R * pieces;
   uint4* out = reinterpret_cast<uint4*>(p.out);
-  for (int64_t i = begin + blockIdx.x * T::kThreads + threadIdx.x; i < end; i += gridDim.x * T::kThreads)
+  for (int64_t i = begin + blockIdx.x * T::kConsumers + threadIdx.x; i < end; i += gridDim.x * T::kConsumers)
     out[i] = {};
 }
 
+// Offsets and weights are read while the kernel before this one still runs: it is prepare.cu's, or a product
+// as this one, and neither lets this one come up before what was on the stream before it is done.
 template <class T, template <class> class Weights>
 __global__ void __launch_bounds__(T::kThreads, T::kCtas)
     grouped_kernel(const __grid_constant__ Problem problem, const __grid_constant__ CUtensorMap weights,
@@ -238,18 +240,22 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas)
     }
     barrier_init_done();
   }
-  follow();
+  lead();
   kernel.plan();
   __syncthreads();
-  if (!problem.p.leave_tail) zero_tail(kernel);
   if (warp < T::kConsumers / 32) {
     if constexpr (T::kShifts) cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
+    follow();
+    if (!problem.p.leave_tail) zero_tail(kernel);
     kernel.consume();
     return;
   }
   if constexpr (T::kShifts) cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
   if (warp == T::kConsumers / 32 && lane == 0) kernel.load_weights(&weights);
-  if (warp == T::kConsumers / 32 + 1 && lane == 0) kernel.load_tokens(&tokens);
+  if (warp == T::kConsumers / 32 + 1 && lane == 0) {
+    follow();
+    kernel.load_tokens(&tokens);
+  }
 }
 
 }  // namespace nvfp4::sm90

@@ -222,7 +222,7 @@ struct Kernel {
     const bool arrives = threadIdx.x % 32 == 0;
     constexpr int kUnits = T::kUnits, kGroup = T::kGroup, kRound = T::kRound, kRawSteps = Weights::kRawSteps;
 
-                  for (int step = own.begin; step < own.end; step += kStageSteps) {
+    for (int step = own.begin; step < own.end; step += kStageSteps) {
       barrier_wait(&shared.weights_full[pipe.weights], pipe.weights_parity);
       const Base base = Weights::base(at, shared_address(&shared.weights[pipe.weights]));
       typename Weights::Raw raw = Weights::load(at, base, 0, 0);

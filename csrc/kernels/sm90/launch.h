@@ -19,8 +19,7 @@ void order_tokens(const GemmParams& p, bf16* out, cudaStream_t stream);
 // One instantiation a file: gemm_<tokens>.cu.
 using TileLauncher = void(const Problem&, const CUtensorMap& weights, const CUtensorMap& tokens,
                           cudaStream_t);
-TileLauncher launch_8s, launch_8, launch_16, launch_24, launch_32, launch_48,
-    launch_64, launch_128;
+TileLauncher launch_8s, launch_8, launch_16, launch_24, launch_32, launch_48, launch_64, launch_128;
 
 // A kernel that begins with follow(): it comes up while the one before it on the stream still runs.
 template <class... Params>

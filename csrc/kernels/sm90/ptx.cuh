@@ -94,11 +94,9 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, uint32_t 
       : "memory");
 }
 
-// Wait for the kernel before this one on the stream; its successor may come up already.
-__device__ __forceinline__ void follow() {
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
+// Wait for the kernel before this one on the stream. The one after it may come up from lead() on.
+__device__ __forceinline__ void follow() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void lead() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 __device__ __forceinline__ void flag_raise(uint64_t* flag, uint64_t value) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");

@@ -51,6 +51,6 @@ using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4, 1>;
 using Tile32 = Tile<4, 1, 32, 32, 4, 1, 3, 4, 1>;
 using Tile48 = Tile<4, 1, 48, 48, 2, 1, 3, 4, 1>;
 using Tile64 = Tile<4, 1, 64, 64, 2, 1, 3, 4, 1>;
-using Tile128 = Tile<2, 2, 96, 128, 1, 1, 2, 7, 1>;
+using Tile128 = Tile<2, 2, 64, 128, 1, 1, 2, 7, 1>;
 
 }  // namespace nvfp4::sm90
