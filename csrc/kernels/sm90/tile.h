@@ -46,7 +46,7 @@ struct Tile {
 //                 wgs units tokens slabs group stages of weights, tokens; CTAs
 using Tile8s = Tile<2, 1, 8, 8, 4, 1, 4, 4, 2>;
 using Tile8 = Tile<4, 1, 8, 8, 4, 2, 4, 4, 1>;
-using Tile16 = Tile<4, 1, 16, 16, 4, 2, 4, 4, 1>;
+using Tile16 = Tile<4, 1, 16, 16, 4, 1, 4, 4, 1>;
 using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4, 1>;
 using Tile32 = Tile<4, 1, 32, 32, 4, 1, 3, 4, 1>;
 using Tile48 = Tile<4, 1, 48, 48, 2, 1, 3, 4, 1>;
