@@ -89,7 +89,7 @@ class Nvfp4Linear(Nvfp4Weights):
         return y[..., : self.out_features]
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={list(self.shards)}, compute={self.compute}"
+        return f"in={self.in_features}, out={list(self.shards)}, compute={self.compute}{self.order}"
 
 
 class Nvfp4GroupedLinear(Nvfp4Weights):
@@ -139,4 +139,5 @@ class Nvfp4GroupedLinear(Nvfp4Weights):
         return y.reshape(*lead, self.groups, self.out_features)
 
     def extra_repr(self) -> str:
-        return f"groups={self.groups}, in={self.in_features}, out={self.out_features}, compute={self.compute}"
+        size = f"groups={self.groups}, in={self.in_features}, out={self.out_features}"
+        return f"{size}, compute={self.compute}{self.order}"

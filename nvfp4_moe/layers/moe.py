@@ -186,4 +186,4 @@ class Nvfp4MoE(Nvfp4Weights):
 
     def extra_repr(self) -> str:
         size = f"{len(self.w13)} experts from {self.first_expert}, {self.hidden} -> {self.intermediate}"
-        return f"{size}, act={self.act}, compute={self.compute}"
+        return f"{size}, act={self.act}, compute={self.compute}{self.order}"

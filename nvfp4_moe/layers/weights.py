@@ -49,6 +49,11 @@ class Nvfp4Weights(nn.Module):
     def packed(self) -> bool:
         return any(map(self._is_packed, self.weight_shapes))
 
+    @property
+    def order(self) -> str:
+        """For extra_repr."""
+        return ", packed" if self.packed else ""
+
     def pack_(self):
         """Swap the weights for the order in which Hopper's kernels decode them (ops.pack_sm90), which only a
         Hopper GPU runs. One tensor after another: the most that is held twice is one of them. Call it before
