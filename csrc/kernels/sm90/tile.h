@@ -8,7 +8,8 @@
 
 namespace nvfp4::sm90 {
 
-constexpr int kStageSteps = 4;  // steps of K = 64 in a stage of weights
+constexpr int kStageSteps = 4;       // steps of K = 64 in a stage of weights
+constexpr int kSfColumnBytes = 512;  // an atom of interleaved scales: 128 rows, one step
 
 // A CTA computes kRows weight rows x kTokens tokens over all of K: kWarpgroups times kUnits tiles of 64 rows.
 // A tile pairs `low` rows, the first half of the CTA's, with `high` ones, the second half (gate with up): a
@@ -28,7 +29,7 @@ struct Tile {
   static constexpr bool kShifts =
       kCtas == 1;  // registers from the producers, a warpgroup then, to the consumers
   static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + (kShifts ? 128 : 64);
-  static constexpr int kProducerRegisters = 56;
+  static constexpr int kProducerRegisters = kWarpgroups == 4 ? 64 : 56;
   static constexpr int kConsumerRegisters =
       (65536 / kThreads / 8 * 8 * (kWarpgroups + 1) - kProducerRegisters) / kWarpgroups / 8 * 8;
   static constexpr int kRows = 64 * kWarpgroups * kUnits, kHalf = kRows / 2;
