@@ -1,8 +1,8 @@
-"""Builds the Blackwell library for Hopper: `python build.py OUT shadow | ptx`.
+"""Builds a Blackwell library for Hopper: `python build.py OUT shadow | ptx | sm120_shadow | sm120_ptx`.
 
-shadow: the real operators and set-up kernel, the shadow executor in CUTLASS's place.
-ptx: the real everything; ptxas gets the kernels' own PTX with the tcgen05 instructions lowered to calls.
-Both register as the chip of compute capability 9 and need no GPU to be built."""
+shadow: the real operators and set-up kernel, the shadow executor in the kernels' place.
+ptx: the real everything; ptxas gets the kernels' own PTX with Blackwell's instructions lowered to calls.
+All register as the chip of compute capability 9 and need no GPU to be built."""
 
 import os
 import re
@@ -24,6 +24,8 @@ SOURCES = {
         HERE / "tensor_map.cu",
         *(KERNELS / f"sm100/tile_{t}.cu" for t in ("64", "128", "256", "256_2sm")),
     ],
+    "sm120_shadow": [KERNELS / "sm120/grouped_gemm.cu", HERE / "chip.cu", HERE / "shadow_sm120.cu"],
+    "sm120_ptx": [KERNELS / "sm120/grouped_gemm.cu", HERE / "chip.cu", KERNELS / "sm120/tiles.cu"],
 }
 
 
@@ -37,7 +39,8 @@ def flags(cutlass: Path) -> list[str]:
 
 def compile_lowered(nvcc: str, source: Path, out: Path, options: list[str]) -> None:
     """What nvcc would run, with another ptxas in front: nvcc itself looks into no inline assembly."""
-    extra = ["-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-include", str(HERE / "emulation.cuh")]
+    emulation = HERE / ("emulation_sm120.cuh" if source.parent.name == "sm120" else "emulation.cuh")
+    extra = ["-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-include", str(emulation)]
     with tempfile.TemporaryDirectory() as folder:
         shim, env = Path(folder), {**os.environ, "TMPDIR": folder}
         ptxas = shim / "ptxas"
@@ -59,7 +62,7 @@ def build(out: Path, what: str, nvcc: str, cuda: Path, cutlass: Path) -> Path:
 
     def compiled(source: Path) -> Path:
         to = objects / f"{source.stem}.o"
-        if source.stem.startswith("tile_"):
+        if source.stem.startswith("tile"):
             compile_lowered(nvcc, source, to, flags(cutlass))
         else:
             subprocess.run([nvcc, *flags(cutlass), "-c", source, "-o", to], check=True)

@@ -1,16 +1,18 @@
-"""Stands before ptxas: lowers PTX that holds tcgen05 instructions, then runs the real one."""
+"""Stands before ptxas: lowers PTX that holds tcgen05 or block-scaled mma.sync instructions, then runs the real one."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from lower import lower
+import lower
+import lower_sm120
 
 shim, arguments = sys.argv[1], sys.argv[2:]
 for i, name in enumerate(arguments):
-    if name.endswith(".ptx") and "tcgen05" in Path(name).read_text():
-        text, counts = lower(Path(name).read_text())
+    ptx = Path(name).read_text() if name.endswith(".ptx") else ""
+    if by := lower if "tcgen05" in ptx else lower_sm120 if lower_sm120.NAME in ptx else None:
+        text, counts = by.lower(ptx)
         arguments[i] = f"{name}.lowered.ptx"
         Path(arguments[i]).write_text(text)
         print("lowered", counts)
