@@ -133,8 +133,8 @@ def chip_libraries(chips: list[str]) -> list[cpp_extension.CppExtension]:
     own = {chip: sources(f"kernels/{chip}", suffix=".cu") for chip in chips}
     if (needing := {"sm100", "sm120"} & set(chips)) and not cutlass_include():
         sys.exit(
-            f"NVFP4_CHIPS: {', '.join(sorted(needing))} needs CUTLASS's headers: git submodule update --init, or "
-            "pip install --no-deps nvidia-cutlass==4.2.0.0"
+            f"NVFP4_CHIPS: {', '.join(sorted(needing))} needs CUTLASS's headers: "
+            "git submodule update --init, or pip install --no-deps nvidia-cutlass==4.2.0.0"
         )
     return [
         library(f"libnvfp4_{chip}", files, CHIPS[chip][1], links=cudart(), includes=[str(cutlass_include())])

@@ -1,6 +1,6 @@
-// Where a value lies among the lanes of a warp for mma.sync m16n8k64 of packed FP4 with a scale for 16 values:
-// PTX ISA 9, "Matrix Fragments for mma.m16n8k64" and "Block Scaling for mma.sync" with byte and thread
-// selectors 0. tests/test_fragments.py compares it with CuTe's layouts.
+// Where a value lies among the lanes of a warp for mma.sync m16n8k64 of packed FP4 with a scale for 16
+// values: PTX ISA 9, "Matrix Fragments for mma.m16n8k64" and "Block Scaling for mma.sync" with byte and
+// thread selectors 0. tests/test_fragments.py compares it with CuTe's layouts.
 #pragma once
 
 namespace emulation {
@@ -10,7 +10,9 @@ struct Holder {
 };
 
 // Word reg holds 8 codes of row or column of the operand, from k on.
-constexpr Holder holder_of_a(int row, int k) { return {row % 8 * 4 + k % 32 / 8, k / 32 * 2 + row / 8, k % 8}; }
+constexpr Holder holder_of_a(int row, int k) {
+  return {row % 8 * 4 + k % 32 / 8, k / 32 * 2 + row / 8, k % 8};
+}
 constexpr Holder holder_of_b(int column, int k) { return {column * 4 + k % 32 / 8, k / 32, k % 8}; }
 // One word: the scales of a row's or column's four blocks.
 constexpr Holder holder_of_scale_a(int row, int k) { return {row % 8 * 4 + row / 8, 0, k / 16}; }

@@ -1,11 +1,9 @@
-"""PTX of an sm_120 kernel for Hopper: its block-scaled mma.sync becomes a call of emulation_sm120.cuh's function,
-everything else stays."""
+"""PTX for sm_120a, for sm_90a: its block-scaled mma.sync becomes a call of emulation_sm120.cuh's function and
+the target another; everything else stays. What else Hopper lacks is left for ptxas to refuse."""
 
 import re
 
-NAME = (
-    "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue4m3"
-)
+NAME = "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue4m3"
 REGISTERS = r"\{([^{}]*)\}"
 # d, a, b, c, scales of a, their selectors, scales of b, theirs
 PATTERN = re.escape(NAME) + r"\s+" + r",\s*".join([REGISTERS] * 8) + ";"
@@ -27,4 +25,4 @@ def mma(match: re.Match) -> str:
 def lower(text: str) -> tuple[str, dict[str, int]]:
     """The lowered PTX, and how many instructions were found."""
     text, found = re.subn(PATTERN, mma, text)
-    return text, {"mma.sync": found}
+    return text.replace(".target sm_120a", ".target sm_90a"), {"mma.sync": found}

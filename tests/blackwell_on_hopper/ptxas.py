@@ -1,4 +1,5 @@
-"""Stands before ptxas: lowers PTX that holds tcgen05 or block-scaled mma.sync instructions, then runs the real one."""
+"""Stands before ptxas: lowers PTX that holds tcgen05 or block-scaled mma.sync instructions, then runs the
+real one for Hopper."""
 
 import os
 import subprocess
@@ -16,5 +17,6 @@ for i, name in enumerate(arguments):
         arguments[i] = f"{name}.lowered.ptx"
         Path(arguments[i]).write_text(text)
         print("lowered", counts)
+arguments = ["-arch=sm_90a" if name == "-arch=sm_120a" else name for name in arguments]
 path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if p != shim)
 sys.exit(subprocess.call(["ptxas", *arguments], env={**os.environ, "PATH": path}))

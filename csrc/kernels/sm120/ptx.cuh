@@ -54,7 +54,8 @@ __device__ __forceinline__ uint32_t to_bf16x2(float low, float high) {
   return pair;
 }
 
-// d [16, 8] += (a * scales_a) (b * scales_b)^T over 64 values of K. With g = lane / 4, t = lane % 4 a lane has
+// d [16, 8] += (a * scales_a) (b * scales_b)^T over 64 values of K. With g = lane / 4, t = lane % 4 a lane
+// has
 //   a: codes 8 t .. of rows g and g + 8, then of their k + 32; scales of row g (t = 0) or g + 8 (t = 1)
 //   b: codes 8 t .. of row g, then of its k + 32; scales of row g (t = 0)
 //   d: columns 2 t and 2 t + 1 of row g, then of row g + 8

@@ -1,12 +1,13 @@
-// tests/blackwell_on_hopper/fragments.h against CuTe's layouts of the same instruction.
-#include "../blackwell_on_hopper/fragments.h"
-
-#include <cute/tensor.hpp>
-
+// For the tests of sm_120: tests/blackwell_on_hopper/fragments.h against CuTe's layouts of the same
+// instruction, and the choice of a tile.
 #include <cute/atom/mma_traits_sm120.hpp>
 
-using Traits = cute::MMA_Traits<cute::SM120::BLOCKSCALED::SM120_16x8x64_TN_VS<
-    cute::float_e2m1_t, cute::float_e2m1_t, float, cute::float_ue4m3_t, 16>>;
+#include "../../csrc/kernels/sm120/tiles.h"
+#include "../blackwell_on_hopper/fragments.h"
+
+using Traits =
+    cute::MMA_Traits<cute::SM120::BLOCKSCALED::SM120_16x8x64_TN_VS<cute::float_e2m1_t, cute::float_e2m1_t,
+                                                                   float, cute::float_ue4m3_t, 16>>;
 
 // Coordinates of a lane's values from CuTe, `rows` to a column; how many of them are held elsewhere.
 template <class Layout, class Holds>
@@ -40,6 +41,9 @@ static int misplaced_scales(const Layout& layout, int rows, int lanes,
 }
 
 extern "C" {
+int tokens_of_tile(int64_t R, int64_t E) {
+  return nvfp4::blackwell::kTileTokens[nvfp4::blackwell::choose_tile(R, E)];
+}
 int codes_of_a() { return misplaced_codes(Traits::ALayout{}, 16, emulation::holder_of_a); }
 int codes_of_b() { return misplaced_codes(Traits::BLayout{}, 8, emulation::holder_of_b); }
 int scales_of_a() { return misplaced_scales(Traits::SFALayout{}, 16, 2, emulation::holder_of_scale_a); }
