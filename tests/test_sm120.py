@@ -15,10 +15,8 @@ setup = pytest.importorskip("setup", reason="not a checkout")
 lower = pytest.importorskip("lower_sm120")
 mutants = pytest.importorskip("mutants_sm120")
 
-MMA = (
-    lower.NAME
-    + " {%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f5, %f6, %f7, %f8}, {%r7}, {0, 0}, {%r8}, {0, 0};"
-)
+REGISTERS = "{%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f5, %f6, %f7, %f8}"
+MMA = lower.NAME + " " + REGISTERS + ", {%r7}, {0, 0}, {%r8}, {0, 0};"
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
-"""Wrong kernels of sm_120, to see that the tests on a Hopper notice: `python mutants_sm120.py build OUT` without
-a GPU, then `run OUT` on the Hopper, with NVFP4_LIBRARY set as for the tests."""
+"""Wrong kernels of sm_120, to see that the tests on a Hopper notice: `python mutants_sm120.py build OUT`
+needs no GPU, `run OUT` the Hopper, and NVFP4_LIBRARY set as for the tests."""
 
 import os
 import re

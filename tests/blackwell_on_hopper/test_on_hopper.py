@@ -20,11 +20,7 @@ SHAPES = [(1, 8, 32, 1), (70, 136, 96, 3), (37, 264, 288, 16), (300, 136, 544, 2
 SM120 = bool(LIBRARY and "sm120" in LIBRARY)
 if SM120:
     TILES = ["128x32", "128x64", "128x128"]
-    SHAPES += [
-        (700, 4104, 96, 5),
-        (300, 4104, 608, 40),
-        (33, 264, 2880, 3),
-    ]  # more tiles than SMs; many stages
+    SHAPES += [(700, 4104, 96, 5), (300, 4104, 608, 40), (33, 264, 2880, 3)]  # many tiles, many stages
 
 pytestmark = [
     pytest.mark.gpu,

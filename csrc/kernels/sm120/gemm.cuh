@@ -68,8 +68,7 @@ struct Walk {
 // A thread's share of the copies.
 template <class T>
 struct Loader {
-  static constexpr int kRowStep =
-      T::kThreads / T::kChunks;  // a thread copies one chunk of every so many rows
+  static constexpr int kRowStep = T::kThreads / T::kChunks;  // a thread copies a chunk of every so many rows
   static_assert(kRowStep % 8 == 0 && T::kRows % kRowStep == 0 && T::kTokens % kRowStep == 0);
   static constexpr int kHalf = T::kThreads / 2;  // of the threads bring the weights' scales
   static_assert(kHalf * 16 == sizeof(T::Stage::weights_sf) && kHalf * 16 == sizeof(T::Stage::tokens_sf));
