@@ -38,9 +38,10 @@ def plan(tmp_path_factory):
 
 
 def test_every_tile_of_the_table_is_compiled_and_no_other(plan):
-    table = {(plan.tokens(i), plan.sms(i)) for i in range(plan.tiles())}
+    table = {(plan.tokens(i), plan.sms(i), plan.cluster(i)) for i in range(plan.tiles())}
     sources = "".join(p.read_text() for p in (ROOT / "csrc/kernels/sm100").glob("tile_*.cu"))
-    compiled = {tuple(map(int, found)) for found in re.findall(r"kernel<(\d+), (\d+)>", sources)}
+    found = re.findall(r"::kernel<(\d+), (\d+)(?:, (\d+))?>", sources)
+    compiled = {(int(tokens), int(sms), int(cluster or sms)) for tokens, sms, cluster in found}
     assert compiled == table and len(table) == plan.tiles()
 
 

@@ -22,14 +22,14 @@ SOURCES = {
     "ptx": [
         *COMMON,
         HERE / "tensor_map.cu",
-        *(KERNELS / f"sm100/tile_{t}.cu" for t in ("64", "128", "256", "256_2sm")),
+        *sorted((KERNELS / "sm100").glob("tile_*.cu")),
     ],
 }
 
 
 def flags(cutlass: Path) -> list[str]:
     return [
-        "-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-w",
+        "-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-DNDEBUG", "-w",
         "-Xcompiler=-fPIC,-fvisibility=hidden,-w",
         "-gencode=arch=compute_90a,code=sm_90a", f"-I{cutlass}",
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from test_gemm import check_groups
 from nvfp4_moe import formats, ops, reference
 
 LIBRARY = os.environ.get("BLACKWELL_LIBRARY")
-TILES = ["128x64", "128x128", "128x256", "256x256 on two SMs"]
+TILES = ["128x64", "128x128", "128x256", "256x256 on two SMs", "two of them in a cluster"]
 # R, N, K, E: one value; ragged in every direction; many experts and empty ones; more than an atom of scales,
 # more than a stage of K (256) and several tiles of N
 SHAPES = [(1, 8, 32, 1), (70, 136, 96, 3), (37, 264, 288, 16), (300, 136, 544, 2), (600, 520, 256, 2)]
@@ -114,6 +114,25 @@ def test_one_hot_activations_give_the_weights_back_bit_for_bit(tile):
     args = (*a, w.b, reference.remap_sf(sf), torch.ones(1), torch.tensor([0, K], dtype=torch.int32))
     got = ops.grouped_gemm(*(t.cuda() for t in args)).cpu()
     assert torch.equal(got.T, reference.dequantize(w.b[0], sf[0], torch.ones(()), torch.bfloat16))
+
+
+def test_every_step_of_the_epilogue_is_rounded_in_the_contracts_order(tile):
+    """((acc * alpha) * a_scale) + bias: products that overflow on the way, a bias that leaves nothing."""
+    N, K = 72, 64
+    w = random_weights(1, N, K)
+    ones = torch.ones(K, K // 16).to(torch.float8_e4m3fn)
+    codes = formats.pack(2 * torch.eye(K, dtype=torch.uint8))
+    offsets = torch.tensor([0, K], dtype=torch.int32)
+    acc = w.dequantized(0).T  # a single product each, so it is exact
+    for alpha, scale in ((2.0**126, 2.0**-100), (2.0**-140, 2.0**120), (0.7, 1.1)):
+        w.alpha = torch.tensor([alpha])
+        a = codes, ones, torch.full((K,), scale) * torch.rand(K).add(1)
+        product = (acc * w.alpha) * a[2][:, None]
+        assert torch.equal(run(a, w, offsets), product.bfloat16()), (alpha, scale)
+    bias = -product[5][None]
+    want = (product + bias).bfloat16()
+    assert not want[5].any()
+    assert torch.equal(run(a, w, offsets, bias), want)
 
 
 def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(tile):
