@@ -1,4 +1,4 @@
-"""Builds the Blackwell library for Hopper: `python build.py OUT shadow | ptx`.
+"""Builds the Blackwell library for Hopper: `python build.py OUT [shadow | ptx]`.
 
 shadow: the real operators and set-up kernel, the shadow executor in CUTLASS's place.
 ptx: the real everything; ptxas gets the kernels' own PTX with the tcgen05 instructions lowered to calls.
@@ -79,5 +79,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     from setup import CUDA_HOME, cutlass_include
 
-    out, what = sys.argv[1:]
-    print(build(Path(out).resolve(), what, f"{CUDA_HOME}/bin/nvcc", Path(CUDA_HOME), cutlass_include()))
+    out, *asked = sys.argv[1:]
+    for what in (name for name in SOURCES if not asked or name.endswith(tuple(asked))):
+        print(build(Path(out).resolve(), what, f"{CUDA_HOME}/bin/nvcc", Path(CUDA_HOME), cutlass_include()))

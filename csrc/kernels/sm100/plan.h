@@ -15,7 +15,7 @@ struct B200 {
   static constexpr double kSms = 148, kHz = 1.85e9;
   static constexpr double kDramBytes = 8e12 / kHz;                             // a cycle, all SMs
   static constexpr double kMacs = 9e15 / 2 / kHz / kSms;                       // a cycle and SM: 16,400
-  static constexpr double kSharedBytes = 128, kPortBytes = 64, kL2Bytes = 64;  // a cycle and SM
+  static constexpr double kSharedBytes = 128, kPortBytes = 64, kL2Bytes = 40;  // a cycle and SM
   static constexpr double kFill = 1500;  // cycles before the first product of a wave
 };
 
@@ -44,12 +44,13 @@ inline Estimate estimate(const Tile& t, int64_t R, int64_t N, int64_t K, int64_t
   const auto parts = [](int64_t of, int64_t by) { return static_cast<double>((of + by - 1) / by); };
   const double tiles = experts * parts(N, 128 * t.cluster) * parts(rows, t.tokens);  // of a cluster
   const double waves = parts(static_cast<int64_t>(tiles), static_cast<int64_t>(B200::kSms / t.cluster));
-  const double mine = 128 + t.tokens / t.sms;      // rows of operands that an SM holds
-  const double read = 128 + t.tokens / t.cluster;  // and that L2 gives for it
+  const double mine = 128 + t.tokens / t.sms;              // rows of operands that an SM holds
+  const double there = std::min<int64_t>(t.tokens, rows);  // of a tile's tokens; nobody sends the others
+  const double comes = 128 + there / t.sms, read = 128 + there / t.cluster;  // to an SM; from L2 for it
   const std::pair<double, const char*> per_k = std::max({
       std::pair{128.0 * t.tokens / B200::kMacs, "the tensor cores"},
       std::pair{mine / 2 / B200::kSharedBytes, "shared memory"},
-      std::pair{mine * value / B200::kPortBytes, "what an SM receives"},
+      std::pair{comes * value / B200::kPortBytes, "what an SM receives"},
       std::pair{read * value / B200::kL2Bytes, "what L2 gives an SM"},
   });  // cycles
   const double busy = waves * parts(K, 256) * 256 * per_k.first;
