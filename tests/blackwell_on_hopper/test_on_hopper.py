@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from cases import lively, ragged_offsets, random_sf, random_weights
+from cases import epilogue_steps, lively, ragged_offsets, random_sf, random_weights
 from compare import assert_close_layers, assert_gemm, assert_same_bits
 from test_gemm import check_groups
 
@@ -117,22 +117,8 @@ def test_one_hot_activations_give_the_weights_back_bit_for_bit(tile):
 
 
 def test_every_step_of_the_epilogue_is_rounded_in_the_contracts_order(tile):
-    """((acc * alpha) * a_scale) + bias: products that overflow on the way, a bias that leaves nothing."""
-    N, K = 72, 64
-    w = random_weights(1, N, K)
-    ones = torch.ones(K, K // 16).to(torch.float8_e4m3fn)
-    codes = formats.pack(2 * torch.eye(K, dtype=torch.uint8))
-    offsets = torch.tensor([0, K], dtype=torch.int32)
-    acc = w.dequantized(0).T  # a single product each, so it is exact
-    for alpha, scale in ((2.0**126, 2.0**-100), (2.0**-140, 2.0**120), (0.7, 1.1)):
-        w.alpha = torch.tensor([alpha])
-        a = codes, ones, torch.full((K,), scale) * torch.rand(K).add(1)
-        product = (acc * w.alpha) * a[2][:, None]
-        assert torch.equal(run(a, w, offsets), product.bfloat16()), (alpha, scale)
-    bias = -product[5][None]
-    want = (product + bias).bfloat16()
-    assert not want[5].any()
-    assert torch.equal(run(a, w, offsets, bias), want)
+    for a, w, offsets, bias, want in epilogue_steps():
+        assert torch.equal(run(a, w, offsets, bias), want)
 
 
 def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(tile):

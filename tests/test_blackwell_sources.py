@@ -1,5 +1,5 @@
-"""Blackwell's set-up kernel itself, on the CPU (tests/cpp/simt.h), and mistakes in the sources of it and of
-the arrays it fills: every one must be caught by what holds for the sources as they are."""
+"""Blackwell's set-up kernel, the arrays it fills and the epilogue's node, on the CPU, from their own sources
+(tests/cpp/blackwell.cpp); and mistakes in them, all of which must be caught."""
 
 import ctypes
 import os
@@ -11,14 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import lively, ragged_offsets, random_weights
+from cases import epilogue_steps, lively, ragged_offsets, random_weights
 from test_gemm import check_groups
 
 from nvfp4_moe import formats, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 GUARD = 1 << 20
-HEADERS = ("groups.h", "set_up.cuh", "shadow.h")
+CUTLASS = (
+    "cute/tensor.hpp",
+    "cutlass/detail/sm100_blockscaled_layout.hpp",
+    "cutlass/numeric_conversion.h",
+    "cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp",
+)
+HEADERS = ("groups.h", "set_up.cuh", "shadow.h", "epilogue.cuh")
 # name: what the source says, what the mistake says
 MISTAKES = {
     "weights' scales by size, not cosize": ("SfLayout{p.N, S}.cosize()", "(p.N * S)"),
@@ -62,6 +68,26 @@ MISTAKES = {
     ),
     "the first rows of a CTA only": ("first + kSetUpRows); ++r", "first + kSetUpRows / 2); ++r"),
     "rows of no expert left as they were": ("places[i] < 0 && !p.leave_tail", "false"),
+    "a_scale forgotten": (" * p.scale_of(row(i))", ""),
+    "alpha times a_scale first": (
+        "p.alpha_of(e, n(i)) * p.scale_of(row(i))",
+        "(p.alpha_of(e, n(i)) * p.scale_of(row(i)))",
+    ),
+    "a_scale before alpha": (
+        "p.alpha_of(e, n(i)) * p.scale_of(row(i))",
+        "p.scale_of(row(i)) * p.alpha_of(e, n(i))",
+    ),
+    "product and bias rounded at once": (
+        "y[i] += p.bias_of(e, n(i))",
+        "y[i] = fmaf(acc[i] * p.alpha_of(e, n(i)), p.scale_of(row(i)), p.bias_of(e, n(i)))",
+    ),
+    "product rounded to BF16 before the bias": ("y[i] += ", "y[i] = float(cutlass::bfloat16_t(y[i])) + "),
+    "the next row's scale": ("min(row0 + cute", "min(row0 + 1 + cute"),
+    "alpha and bias of 8 columns on": ("min(n0 + cute", "min(n0 + 8 + cute"),
+    "row scales from the expert's first row on": ("params->begin[e] + rows", "rows"),
+    "column and row of a value swapped": ("min(n0 + cute::get<0>", "min(n0 + cute::get<1>"),
+    "the expert's number lost": ("e = cute::get<3>(args.tile_coord_mnkl)", "e = 0"),
+    "bias never added": ("if (p.bias)", "if (false)"),
     "no barrier behind the totals": (
         "totals[warp] = through;\n  __syncthreads();",
         "totals[warp] = through;",
@@ -79,12 +105,12 @@ CASES = [
 
 
 def source(name: str, mistake: tuple[str, str] | None) -> str:
-    """The headers and tests/cpp/set_up.cpp in a namespace of their own."""
+    """The headers and tests/cpp/blackwell.cpp in a namespace of their own."""
     text = "\n".join((ROOT / "csrc/kernels/blackwell" / header).read_text() for header in HEADERS)
     if mistake:
         assert text.count(mistake[0]) >= 1, f"the sources have changed, say it anew: {mistake[0]}"
         text = text.replace(*mistake)
-    text += (ROOT / "tests/cpp/set_up.cpp").read_text()
+    text += (ROOT / "tests/cpp/blackwell.cpp").read_text()
     text = re.sub(r"#(pragma once|include).*", "", text)
     text = re.sub(r"(\w+)<<<(\w+), (\w+), 0, \w+>>>\(", r"launch(\2, \3, \1, ", text)
     text = text.replace('extern "C" void run(', f'extern "C" void run_{name}(')
@@ -104,13 +130,13 @@ def library(tmp_path_factory):
     parts = [source("as_it_is", None), *(source(f"mistake_{i}", m) for i, m in enumerate(MISTAKES.values()))]
     before = ["tests/cpp/simt.h", "csrc/kernels/params.h"]
     includes = [f'#include "{ROOT / path}"' for path in before]
-    includes += ["#include <cute/tensor.hpp>", "#include <cutlass/detail/sm100_blockscaled_layout.hpp>"]
-    (folder / "set_up.cpp").write_text("\n".join(includes + parts))
+    includes += [f"#include <{path}>" for path in CUTLASS]
+    (folder / "blackwell.cpp").write_text("\n".join(includes + parts))
     paths = [cutlass, f"{cuda}/include", f"{cuda}/include/cccl"]
-    command = [compiler, "-std=c++20", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
-    command += [*(f"-I{path}" for path in paths), folder / "set_up.cpp", "-o", folder / "set_up.so"]
+    command = [compiler, "-std=c++20", "-O1", "-w", "-fpermissive", "-ffp-contract=off", "-shared", "-fPIC"]
+    command += [*(f"-I{path}" for path in paths), folder / "blackwell.cpp", "-o", folder / "blackwell.so"]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(folder / "set_up.so"))
+    return ctypes.CDLL(str(folder / "blackwell.so"))
 
 
 def guarded(t):
@@ -123,24 +149,36 @@ def guarded(t):
     return inside.data_ptr(), inside.view(t.dtype).view(t.shape)
 
 
+def product(run, a, w, offsets, bias, R, backwards):
+    """bf16 [R, N]; `backwards`: the order of a CTA's threads."""
+    (E, N), K = w.b.shape[:2], 2 * w.b.shape[2]
+    out = torch.full((R, N), float("nan"), dtype=torch.bfloat16)
+    room = R // 128 + min(E, R), formats.sf_cosize(1, K // 16)
+    scales = torch.full(room, 0x7F, dtype=torch.uint8)
+    tensors = (*a, w.b, w.b_sf, w.alpha, bias, offsets, out, scales)
+    at, kept = zip(*map(guarded, tensors), strict=True)
+    sizes = R, N, K, E, w.alpha.numel() // max(E, 1), a[2].numel(), backwards
+    run((ctypes.c_void_p * 10)(*at), (ctypes.c_int64 * 7)(*sizes))
+    assert not (kept[-1] == 0x7F).any(), "padding of scales not written: 0 * NaN is not 0"
+    return kept[-2]
+
+
 def check(run, offsets, N, K, bias, alphas=1, per_row=True, means=None):
-    """In both orders of a CTA's threads; `means`: honest offsets, where those given lie."""
+    """`means`: honest offsets, where those given lie."""
     means = torch.tensor(means or offsets, dtype=torch.int32)
     R, E = int(means[-1]) + 3, len(offsets) - 1
     w, x = random_weights(E, N, K, alphas), lively(R, K)
     a = reference.quantize_rows(x) if per_row else (*reference.quantize(x, s := reference.tensor_scale(x)), s)
     offsets = torch.tensor(offsets, dtype=torch.int32)
     bias = torch.randn(E, N) if bias else None
-    out = torch.full((R, N), float("nan"), dtype=torch.bfloat16)
-    room = R // 128 + min(E, R), formats.sf_cosize(1, K // 16)
-    scales = torch.full(room, 0x7F, dtype=torch.uint8)
     values = reference.dequantize(*a[:2], torch.ones(()))
     for backwards in (False, True):
-        at, kept = zip(*map(guarded, (*a, w.b, w.b_sf, w.alpha, bias, offsets, out, scales)), strict=True)
-        sizes = R, N, K, E, alphas, a[2].numel(), backwards
-        run((ctypes.c_void_p * 10)(*at), (ctypes.c_int64 * 7)(*sizes))
-        check_groups(kept[-2], values, w, means, a[2], bias)
-        assert not (kept[-1] == 0x7F).any(), "padding of scales not written: 0 * NaN is not 0"
+        check_groups(product(run, a, w, offsets, bias, R, backwards), values, w, means, a[2], bias)
+
+
+def check_rounding(run):
+    for a, w, offsets, bias, want in epilogue_steps():
+        assert torch.equal(product(run, a, w, offsets, bias, len(want), False), want)
 
 
 @pytest.mark.parametrize("case", CASES, ids=["several atoms", "600 experts", "one CTA"])
@@ -154,6 +192,10 @@ def test_nothing_to_multiply(library, offsets):
     check(library.run_as_it_is, offsets, 8, 32, False)
 
 
+def test_every_step_of_the_epilogue_is_rounded_in_the_contracts_order(library):
+    check_rounding(library.run_as_it_is)
+
+
 def test_offsets_that_lie(library):
     check(library.run_as_it_is, LIES["from"], 24, 64, True, means=LIES["to"])
 
@@ -165,3 +207,4 @@ def test_a_mistake_is_caught(library, mistake):
         for case in CASES:
             check(run, *case, alphas=2)
         check(run, LIES["from"], 24, 64, True, means=LIES["to"])
+        check_rounding(run)
