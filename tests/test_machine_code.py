@@ -88,26 +88,27 @@ def test_no_kernel_keeps_values_in_local_memory(library):
         assert int(local) == 0 and int(stack) == 0 and int(registers) <= 255, name
 
 
-def mma_kernels() -> dict[tuple[str, int, int], str]:
-    """(architecture, rows of weights, tokens) -> SASS of the tile's kernel."""
+def mma_kernels() -> dict[tuple[str, int, int, bool], str]:
+    """(architecture, rows of weights, tokens, are these multicast) -> SASS of the tile's kernel."""
     found = {}
     for (arch, name), code in kernels(blackwell()).items():
         if m := re.search(r"SM100_MMA_MXF4\w*?E?Li(\d+)ELi(\d+)ELi16E", name):
-            found[arch, int(m[1]), int(m[2])] = code
+            shared = "UTMALDG.2D.MULTICAST" in code  # codes; scales of a pair's tokens always do
+            found[arch, int(m[1]), int(m[2]), shared] = code
     return found
 
 
 def test_every_tile_multiplies_with_the_block_scaled_instruction():
-    tiles = {(128, 64), (128, 128), (128, 256), (256, 256)}
+    tiles = {(128, 64, False), (128, 128, False), (128, 256, False), (256, 256, False), (256, 256, True)}
     found = mma_kernels()
     assert set(found) == {(f"sm_{a}", *tile) for a in CHIPS["sm100"][1] for tile in tiles}
-    for (arch, rows, tokens), code in found.items():
+    for (arch, rows, tokens, shared), code in found.items():
         wanted = "UTCOMMA" + (".2CTA" if rows == 256 else "") + BLOCKS_OF_16[arch]
         mma = set(re.findall(r"UTCOMMA\S*", code))
-        assert mma == {wanted}, (arch, rows, tokens, mma)
+        assert mma == {wanted}, (arch, rows, tokens, shared, mma)
         assert "UTCCP" in code and "LDTM" in code and "UTMALDG" in code and "UTMASTG" in code
         for slow in ("HMMA", "FFMA", "LDL", "STL"):
-            assert not re.search(rf"\b{slow}\b", code), (arch, rows, tokens, slow)
+            assert not re.search(rf"\b{slow}\b", code), (arch, rows, tokens, shared, slow)
 
 
 def test_a_launch_of_every_tile_fits_its_registers():

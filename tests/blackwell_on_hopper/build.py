@@ -1,4 +1,4 @@
-"""Builds a Blackwell library for Hopper: `python build.py OUT shadow | ptx | sm120_shadow | sm120_ptx`.
+"""Builds the Blackwell libraries for Hopper: `python build.py OUT [shadow | ptx | sm120_shadow | sm120_ptx]`.
 
 shadow: the real operators and set-up kernel, the shadow executor in the kernels' place.
 ptx: the real everything; ptxas gets the kernels' own PTX with Blackwell's instructions lowered to calls.
@@ -22,7 +22,7 @@ SOURCES = {
     "ptx": [
         *COMMON,
         HERE / "tensor_map.cu",
-        *(KERNELS / f"sm100/tile_{t}.cu" for t in ("64", "128", "256", "256_2sm")),
+        *sorted((KERNELS / "sm100").glob("tile_*.cu")),
     ],
     "sm120_shadow": [KERNELS / "sm120/grouped_gemm.cu", HERE / "chip.cu", HERE / "shadow_sm120.cu"],
     "sm120_ptx": [KERNELS / "sm120/grouped_gemm.cu", HERE / "chip.cu", KERNELS / "sm120/tiles.cu"],
@@ -31,7 +31,7 @@ SOURCES = {
 
 def flags(cutlass: Path, arch: str = "90a") -> list[str]:
     return [
-        "-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-w",
+        "-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-DNDEBUG", "-w",
         "-Xcompiler=-fPIC,-fvisibility=hidden,-w",
         f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{cutlass}",
     ]  # fmt: skip
@@ -84,5 +84,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     from setup import CUDA_HOME, cutlass_include
 
-    out, what = sys.argv[1:]
-    print(build(Path(out).resolve(), what, f"{CUDA_HOME}/bin/nvcc", Path(CUDA_HOME), cutlass_include()))
+    out, *asked = sys.argv[1:]
+    for what in (name for name in SOURCES if not asked or name.endswith(tuple(asked))):
+        print(build(Path(out).resolve(), what, f"{CUDA_HOME}/bin/nvcc", Path(CUDA_HOME), cutlass_include()))

@@ -20,5 +20,9 @@ template <>
 Kernel kernel<256, 2>() {
   return {no_workspace, run};
 }
+template <>
+Kernel kernel<256, 2, 4>() {
+  return {no_workspace, run};
+}
 
 }  // namespace nvfp4::blackwell

@@ -6,14 +6,14 @@ import os
 
 import pytest
 import torch
-from cases import lively, ragged_offsets, random_sf, random_weights
+from cases import epilogue_steps, lively, ragged_offsets, random_sf, random_weights
 from compare import assert_close_layers, assert_gemm, assert_same_bits
 from test_gemm import check_groups
 
 from nvfp4_moe import formats, ops, reference
 
 LIBRARY = os.environ.get("BLACKWELL_LIBRARY")
-TILES = ["128x64", "128x128", "128x256", "256x256 on two SMs"]
+TILES = ["128x64", "128x128", "128x256", "256x256 on two SMs", "two of them in a cluster"]
 # R, N, K, E: one value; ragged in every direction; many experts and empty ones; more than an atom of scales,
 # more than a stage of K (256) and several tiles of N
 SHAPES = [(1, 8, 32, 1), (70, 136, 96, 3), (37, 264, 288, 16), (300, 136, 544, 2), (600, 520, 256, 2)]
@@ -118,6 +118,11 @@ def test_one_hot_activations_give_the_weights_back_bit_for_bit(tile):
     args = (*a, w.b, reference.remap_sf(sf), torch.ones(1), torch.tensor([0, K], dtype=torch.int32))
     got = ops.grouped_gemm(*(t.cuda() for t in args)).cpu()
     assert torch.equal(got.T, reference.dequantize(w.b[0], sf[0], torch.ones(()), torch.bfloat16))
+
+
+def test_every_step_of_the_epilogue_is_rounded_in_the_contracts_order(tile):
+    for a, w, offsets, bias, want in epilogue_steps():
+        assert torch.equal(run(a, w, offsets, bias), want)
 
 
 def test_a_nan_scale_reaches_its_own_row_of_weights_only(tile):
