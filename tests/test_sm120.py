@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/blackwell_on_hopper")]
 setup = pytest.importorskip("setup", reason="not a checkout")
 lower = pytest.importorskip("lower_sm120")
-mutants = pytest.importorskip("mutants_sm120")
 
 REGISTERS = "{%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f5, %f6, %f7, %f8}"
 MMA = lower.NAME + " " + REGISTERS + ", {%r7}, {0, 0}, {%r8}, {0, 0};"
@@ -66,9 +65,3 @@ def test_selectors_that_the_emulation_does_not_know_are_refused():
 def test_what_is_not_known_is_left_for_ptxas_to_refuse():
     unknown = MMA.replace("ue4m3", "ue8m0")
     assert lower.lower(unknown) == (unknown, {"mma.sync": 0})
-
-
-@pytest.mark.parametrize("name", mutants.MUTANTS)
-def test_every_mutation_still_applies(name):
-    old, new = mutants.MUTANTS[name]
-    assert (ROOT / mutants.KERNEL).read_text().count(old) == 1 and old != new
