@@ -7,12 +7,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <vector>
 
-#define CHECK(call)                                           \
-  if (const cudaError_t error = (call); error != cudaSuccess) \
-  std::fprintf(stderr, "%s: %s\n", #call, cudaGetErrorString(error)), std::exit(1)
+#include "../csrc/kernels/cuda/device.h"
 
 constexpr int kStages = 12, kStage = 16384, kSteps = 4000;
 constexpr int kAhead = 8;  // stages under way; the others cover the time that a release takes to arrive
@@ -85,20 +82,20 @@ __global__ void stream(const uint8_t* data, int64_t* cycles) {
 
 template <int C>
 void measure(const uint8_t* data, int64_t* cycles) {
-  CHECK(cudaFuncSetAttribute(stream<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kStages * kStage));
+  CUDA_CHECK(cudaFuncSetAttribute(stream<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kStages * kStage));
   cudaLaunchAttribute shape{};
   shape.id = cudaLaunchAttributeClusterDimension, shape.val.clusterDim = {C, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = C, config.blockDim = 1, config.dynamicSmemBytes = kStages * kStage;
   config.attrs = &shape, config.numAttrs = 1;
   int clusters = 0;
-  CHECK(cudaOccupancyMaxActiveClusters(&clusters, stream<C>, &config));
+  CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, stream<C>, &config));
   config.gridDim = clusters * C;
   std::vector<double> rates;
   std::vector<int64_t> took(clusters * C);
   for (int run = 0; run < 12; ++run) {
-    CHECK(cudaLaunchKernelEx(&config, stream<C>, data, cycles));
-    CHECK(cudaMemcpy(took.data(), cycles, took.size() * sizeof took[0], cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaLaunchKernelEx(&config, stream<C>, data, cycles));
+    CUDA_CHECK(cudaMemcpy(took.data(), cycles, took.size() * sizeof took[0], cudaMemcpyDeviceToHost));
     if (run >= 2)  // the first ones bring the bytes into L2
       rates.push_back(double(kSteps) * kStage / *std::max_element(took.begin(), took.end()));
   }
@@ -112,8 +109,8 @@ void measure(const uint8_t* data, int64_t* cycles) {
 int main() {
   uint8_t* data;
   int64_t* cycles;
-  CHECK(cudaMalloc(&data, kBytes));
-  CHECK(cudaMemset(data, 1, kBytes));
-  CHECK(cudaMalloc(&cycles, 1024 * sizeof *cycles));
+  CUDA_CHECK(cudaMalloc(&data, kBytes));
+  CUDA_CHECK(cudaMemset(data, 1, kBytes));
+  CUDA_CHECK(cudaMalloc(&cycles, 1024 * sizeof *cycles));
   measure<1>(data, cycles), measure<2>(data, cycles), measure<4>(data, cycles), measure<8>(data, cycles);
 }
