@@ -17,6 +17,10 @@ TENSOR_MAX = E2M1_MAX * E4M3_MAX  # 2688
 ATOM_ROWS, ATOM_COLS = 128, 4  # one atom of the interleaved layout is 512 bytes
 ATOM = ATOM_ROWS * ATOM_COLS
 
+# pack_sm90's blocks of 64 rows x 128 codes: 4096 bytes of codes, then 512 of scales
+PACKED_ROWS, PACKED_COLUMNS = 64, 128
+PACKED_BLOCK = PACKED_ROWS * (PACKED_COLUMNS // 2 + PACKED_COLUMNS // BLOCK)
+
 
 def sf_cosize(rows: int, cols: int) -> int:
     """Bytes of the interleaved layout of [rows, cols] scales, tile padding included."""
@@ -35,6 +39,11 @@ def sf_coord(byte, cols: int):
     atom_cols = (cols + ATOM_COLS - 1) // ATOM_COLS
     row = atom // atom_cols * ATOM_ROWS + inside % 16 // 4 * 32 + inside // 16
     return row, atom % atom_cols * ATOM_COLS + inside % 4
+
+
+def packed_row_bytes(K: int) -> int:
+    """Bytes of PACKED_ROWS rows in sm90's own order; K is rounded up to whole blocks."""
+    return (K + PACKED_COLUMNS - 1) // PACKED_COLUMNS * PACKED_BLOCK
 
 
 def e2m1_decode(codes: Tensor) -> Tensor:

@@ -65,10 +65,10 @@ def library(request):
     return request.param
 
 
-def blackwell() -> Path:
-    library = ROOT / "nvfp4_moe/libnvfp4_sm100.so"
+def blackwell(chip: str = "sm100") -> Path:
+    library = ROOT / f"nvfp4_moe/libnvfp4_{chip}.so"
     if not library.exists():
-        pytest.skip("built without sm100")
+        pytest.skip(f"built without {chip}")
     return library
 
 
@@ -117,3 +117,28 @@ def test_a_launch_of_every_tile_fits_its_registers():
         r"Function (\S+):\s*\n\s*REG:(\d+)", dump(blackwell(), "--dump-resource-usage")
     ):
         assert int(registers) * 256 <= 65536, name
+
+
+def test_every_tile_of_sm120_multiplies_with_the_block_scaled_instruction():
+    """A warp's products of a stage, 256 values of K: 16 rows x 8 tokens x 64 each."""
+    products = {32: 1 * 4 * 4, 64: 2 * 4 * 4, 128: 2 * 8 * 4}
+    found = {}
+    for (arch, name), code in kernels(blackwell("sm120")).items():
+        if m := re.search(r"block_scaled_gemmILi(\d+)E", name):
+            found[arch, int(m[1])] = code
+    assert set(found) == {(f"sm_{a}", tokens) for a in CHIPS["sm120"][1] for tokens in products}
+    for (arch, tokens), code in found.items():
+        mma = re.findall(r"\b\w*MMA\S*", code)
+        assert set(mma) == {"OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"}, (arch, tokens, set(mma))
+        assert len(mma) == products[tokens], (arch, tokens)
+        for fast in ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "STSM.16.MT88"):
+            assert fast in code, (arch, tokens, fast)
+        for slow in ("FFMA", "LDL", "STL"):
+            assert not re.search(rf"\b{slow}\b", code), (arch, tokens, slow)
+
+
+def test_a_launch_of_every_tile_of_sm120_fits_registers_and_shared_memory():
+    usage = dump(blackwell("sm120"), "--dump-resource-usage")
+    registers = re.findall(r"Function \S*block_scaled_gemm\S*:\s*\n\s*REG:(\d+)", usage)
+    assert len(registers) == 3 * len(CHIPS["sm120"][1])
+    assert all(int(n) * 256 <= 65536 for n in registers)

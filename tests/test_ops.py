@@ -19,6 +19,7 @@ def sample_calls(device="cpu") -> dict[str, tuple]:
     ids = torch.randint(-1, 4, (7, 2), dtype=torch.int32)
     experts = (w13.b, w13.b_sf, w13.alpha, w2.b, w2.b_sf, w2.alpha)
     packed, sf, scale = reference.quantize_rows(x)
+    public = random_packed(2, 64, 48), reference.remap_sf(random_sf(2, 64, 6))
     one = torch.ones(())
     calls = {
         "tensor_scale": (x,),
@@ -32,6 +33,8 @@ def sample_calls(device="cpu") -> dict[str, tuple]:
             torch.randint(110, 125, (2, 8, 2), dtype=torch.uint8),
             "best",
         ),
+        "pack_sm90": public,
+        "unpack_sm90": (reference.pack_sm90(*public), 96),
         "grouped_gemm": (packed, sf, scale, w13.b, w13.b_sf, w13.alpha, offsets, torch.randn(3, 64)),
         "linear": (
             x,

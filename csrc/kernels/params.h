@@ -69,6 +69,20 @@ struct RemapParams {  // remap: src linear, dst interleaved; unmap: the other wa
   SfLayout layout;
 };
 
+struct PackParams {     // sm90/packed.h
+  const uint8_t* b;     // [E, N, K/2]
+  const uint8_t* b_sf;  // [E, cosize(N, S)] interleaved
+  int64_t E, N, K;
+  uint8_t* packed;  // [E, packed_bytes(N, K)]
+};
+
+struct UnpackParams {
+  const uint8_t* packed;  // [E, packed_bytes(N, K)]
+  int64_t E, N, K;
+  uint8_t* b;     // [E, N, K/2]
+  uint8_t* b_sf;  // [E, cosize(N, S)] interleaved
+};
+
 struct Mxfp4Params {
   const uint8_t* packed;  // [E, N, K/2]
   const uint8_t* e8m0;    // [E, N, K/32]
@@ -87,7 +101,8 @@ struct GemmParams {
   bool a_scale_per_row;
   const int32_t* rows;     // [R], row r of the product reads a[rows[r]]; null: a[r]
   int64_t a_rows;          // rows of a; entries of `rows` are clamped to it
-  const uint8_t* b;        // [E, N, K/2]
+  const int32_t* slots;    // [a_rows, R / a_rows], the inverse of `rows` where it is known: -1 or a row
+  const uint8_t* b;        // [E, N, K/2]; packed: [E, packed_bytes(N, K)] of sm90/packed.h, b_sf null
   const uint8_t* b_sf;     // [E, cosize(N, S)] interleaved
   const float* alpha;      // [E, alphas]: column n takes alpha[e][n * alphas / N]
   int64_t alphas;          // 1; 2 (gate, up); N (linear's fused shards)
@@ -102,6 +117,7 @@ struct GemmParams {
   bool activated;     // out is [R, N/2]: the activation of gate (the first N/2 columns) and up
   Act act;
   float act_alpha, limit;
+  bool b_packed;                      // b is in Hopper's own order
   bool a_in_k_order, out_in_k_order;  // columns in the chip's own order, from one product to the next
   bool leave_tail;                    // rows of no expert may hold anything
 };

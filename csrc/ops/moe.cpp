@@ -148,7 +148,7 @@ static void give_codes(GemmParams& p, const Quantized& quantized) {
 // Block-scaled tensor cores read rows as the copy engine brings them: gathered, their scales by expert.
 static bool want_grouped_sf(const Tensor& home, GemmParams& p) {
   GemmParams grouped = p;
-  grouped.rows = nullptr;
+  grouped.rows = grouped.slots = nullptr;
   grouped.a_sf_grouped = true;
   if (!chip_for(home, grouped)) return false;
   p = grouped;
@@ -165,6 +165,22 @@ static void fuse_activation(const Tensor& home, GemmParams& p, Act act, double a
   if (chip_for(home, fused)) p = fused;
 }
 
+// I, the layer's width inside, of its weights; their shapes are checked later.
+static int64_t width_of(const Tensor& x, const Tensor& w13, const Tensor& w13_sf, const Tensor& w2,
+                        const Tensor& w2_sf, int64_t halves) {
+  const char* op = "moe";
+  const int64_t H = x.size(1);
+  const bool packed = is_packed(w13, w13_sf, 2);
+  NVFP4_CHECK(packed == is_packed(w2, w2_sf, 2), "nvfp4::", op,
+              ": `w13` and `w2` must both be packed for sm90 or neither, got only ",
+              packed ? "`w13`" : "`w2`");
+  if (packed) return packed_rows(op, "w13", w13, H) / halves;
+  expect(op, "w2", w2, x, {kU8}, "[E, H, I/2]", {kAny, H, kAny});
+  expect_multiple(op, "H, the last dimension of `x`,", H, kBlock);
+  expect_multiple(op, "I, twice the last dimension of `w2`,", 2 * w2.size(2), kBlock);
+  return 2 * w2.size(2);
+}
+
 Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w13, const Tensor& w13_sf,
            const Tensor& w13_alpha, const Tensor& w2, const Tensor& w2_sf, const Tensor& w2_alpha,
            int64_t first_expert, std::string compute, std::string act, double act_alpha, double limit,
@@ -177,18 +193,17 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   expect(op, "ids", ids, x, {kI32}, "[T, k]", {T, kAny});
   const int64_t k = ids.size(1), R = T * k;
   expect(op, "weights", weights, x, {kF32}, "[T, k]", {T, k});
-  expect(op, "w2", w2, x, {kU8}, "[E, H, I/2]", {kAny, H, kAny});
-  const int64_t E = w2.size(0), I = 2 * w2.size(2), gate_up_width = kind == Act::relu2 ? I : 2 * I;
-  expect_multiple(op, "H, the last dimension of `x`,", H, kBlock);
-  expect_multiple(op, "I, twice the last dimension of `w2`,", I, kBlock);
+  const int64_t halves = kind == Act::relu2 ? 1 : 2, I = width_of(x, w13, w13_sf, w2, w2_sf, halves);
+  const int64_t E = w2.size(0), gate_up_width = halves * I;
   expect_weights(op, "w13", x, w13, w13_sf, w13_alpha, w13_bias, E, gate_up_width, H);
   expect_weights(op, "w2", x, w2, w2_sf, w2_alpha, w2_bias, E, H, I);
   const Tensor tokens = aligned(x);
 
   const auto [rows, offsets, slots] = permute(ids, E, first_expert);
-  GemmParams first = weight_params(w13, w13_sf, w13_alpha, w13_bias);
-  GemmParams second = weight_params(w2, w2_sf, w2_alpha, w2_bias);
+  GemmParams first = weight_params(w13, w13_sf, w13_alpha, w13_bias, gate_up_width, H);
+  GemmParams second = weight_params(w2, w2_sf, w2_alpha, w2_bias, H, I);
   first.rows = in<int32_t>(rows);
+  first.slots = in<int32_t>(slots);
   first.a_rows = T;
   second.a_rows = R;
   first.offsets = second.offsets = in<int32_t>(offsets);
@@ -208,7 +223,7 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   first.leave_tail = first.activated && !quantized;  // or the tail is read by what follows
   Tensor hidden = empty(x, {R, first.activated ? I : gate_up_width}, kBf16);
   first.out = out<bf16>(hidden);
-  launch_gemm(x, first);
+  launch_gemm(op, "w13", x, first);
   if (quantized) {
     const MaybeTensor by = want_grouped_sf(x, second) ? MaybeTensor(offsets) : std::nullopt;
     give_codes(second,
@@ -219,7 +234,7 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   }
   Tensor y = empty(x, {R, H}, kBf16);
   second.out = out<bf16>(y);
-  launch_gemm(x, second);
+  launch_gemm(op, "w2", x, second);
   return combine(y, slots, weights);
 }
 

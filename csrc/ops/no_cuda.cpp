@@ -18,6 +18,8 @@ void quantize_rows(const QuantizeRowsParams&, cudaStream_t) { missing(); }
 void dequantize(const DequantizeParams&, cudaStream_t) { missing(); }
 void remap_sf(const RemapParams&, cudaStream_t) { missing(); }
 void unmap_sf(const RemapParams&, cudaStream_t) { missing(); }
+void pack_sm90(const PackParams&, cudaStream_t) { missing(); }
+void unpack_sm90(const UnpackParams&, cudaStream_t) { missing(); }
 int64_t mxfp4_workspace(const Mxfp4Params&) { missing(); }
 void mxfp4_to_nvfp4(const Mxfp4Params&, void*, cudaStream_t) { missing(); }
 void grouped_gemm(const GemmParams&, cudaStream_t) { missing(); }

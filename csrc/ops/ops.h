@@ -15,6 +15,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x, const MaybeTen
 Tensor dequantize(const Tensor& packed, const Tensor& sf, const Tensor& scale, ScalarType dtype);
 Tensor remap_sf(const Tensor& sf);
 Tensor unmap_sf(const Tensor& sf, int64_t rows, int64_t cols);
+Tensor pack_sm90(const Tensor& b, const Tensor& b_sf);
+std::tuple<Tensor, Tensor> unpack_sm90(const Tensor& packed, int64_t K);
 std::tuple<Tensor, Tensor, Tensor> mxfp4_to_nvfp4(const Tensor& packed, const Tensor& e8m0,
                                                   std::string method);
 
@@ -53,13 +55,22 @@ Shape sf_shape(const SfGroups& groups, const Shape& lead, int64_t K);
 // "nvfp4" quantizes the activations as well (W4A4), "bf16" only the weights (W4A16).
 bool quantizes_activations(const char* op, const std::string& compute);
 Act act_of(const char* op, const std::string& act);
-// b [E, N, K/2], b_sf [E, cosize], alpha [E] or [E, 2], bias [E, N] or none: the weights of a grouped GEMM.
+// Whether weights are in sm90's own order: one dimension less than [.., N, K/2], and no scales.
+bool is_packed(const Tensor& b, const Tensor& b_sf, int64_t dims);
+// N of such weights, whose bytes and K say it.
+int64_t packed_rows(const char* op, const std::string& w, const Tensor& b, int64_t K);
+void expect_packed(const char* op, const std::string& w, const Tensor& home, const Tensor& b,
+                   const Tensor& b_sf, const Shape& lead, int64_t N, int64_t K);
+// b [E, N, K/2], b_sf [E, cosize], or both packed, alpha [E] or [E, 2], bias [E, N] or none: the weights of a
+// grouped GEMM.
 void expect_weights(const char* op, const std::string& w, const Tensor& home, const Tensor& b,
                     const Tensor& b_sf, const Tensor& alpha, const MaybeTensor& bias, int64_t E, int64_t N,
                     int64_t K);
 // The part of GemmParams that such weights fill.
-GemmParams weight_params(const Tensor& b, const Tensor& b_sf, const Tensor& alpha, const MaybeTensor& bias);
-void launch_gemm(const Tensor& home, const GemmParams& p);
+GemmParams weight_params(const Tensor& b, const Tensor& b_sf, const Tensor& alpha, const MaybeTensor& bias,
+                         int64_t N, int64_t K);
+// `w` names the weights: packed ones are refused where no chip takes them.
+void launch_gemm(const char* op, const char* w, const Tensor& home, const GemmParams& p);
 // The chip whose kernel runs this product; null: the one that runs on every chip, or the CPU's.
 const Chip* chip_for(const Tensor& home, const GemmParams& p);
 

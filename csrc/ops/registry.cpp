@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY(nvfp4, m) {
   m.def("dequantize(Tensor packed, Tensor sf, Tensor scale, ScalarType dtype) -> Tensor");
   m.def("remap_sf(Tensor sf) -> Tensor");
   m.def("unmap_sf(Tensor sf, int rows, int cols) -> Tensor");
+  m.def("pack_sm90(Tensor b, Tensor b_sf) -> Tensor");
+  m.def("unpack_sm90(Tensor packed, int K) -> (Tensor b, Tensor b_sf)");
   m.def("mxfp4_to_nvfp4(Tensor packed, Tensor e8m0, str method) -> (Tensor packed, Tensor sf, Tensor alpha)");
 
   m.def(
@@ -44,6 +46,8 @@ static void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("dequantize", TORCH_BOX(&nvfp4::dequantize));
   m.impl("remap_sf", TORCH_BOX(&nvfp4::remap_sf));
   m.impl("unmap_sf", TORCH_BOX(&nvfp4::unmap_sf));
+  m.impl("pack_sm90", TORCH_BOX(&nvfp4::pack_sm90));
+  m.impl("unpack_sm90", TORCH_BOX(&nvfp4::unpack_sm90));
   m.impl("mxfp4_to_nvfp4", TORCH_BOX(&nvfp4::mxfp4_to_nvfp4));
   m.impl("grouped_gemm", TORCH_BOX(&nvfp4::grouped_gemm));
   m.impl("linear", TORCH_BOX(&nvfp4::linear));

@@ -89,10 +89,10 @@ void expect_contiguous(const char* op, const char* name, const Tensor& t) {
               show(shape_of(t)), " with strides ", show(Shape(t.strides().begin(), t.strides().end())));
 }
 
-void expect_weight(const char* op, const char* name, const Tensor& t) {
+void expect_weight(const char* op, const char* name, const Tensor& t, int multiple) {
   expect_contiguous(op, name, t);
-  NVFP4_CHECK(starts_at(t, 8), "nvfp4::", op, ": `", name,
-              "` must start at a multiple of 8 bytes, got a view with storage offset ", t.storage_offset());
+  NVFP4_CHECK(starts_at(t, multiple), "nvfp4::", op, ": `", name, "` must start at a multiple of ", multiple,
+              " bytes, got a view with storage offset ", t.storage_offset());
 }
 
 Tensor aligned(const Tensor& t) {

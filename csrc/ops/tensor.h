@@ -57,8 +57,8 @@ void expect_tail(const char* op, const char* name, const Tensor& t, const Tensor
                  std::initializer_list<ScalarType> dtypes, const char* symbols, const Shape& tail);
 // Large operands are never copied behind the user's back.
 void expect_contiguous(const char* op, const char* name, const Tensor& t);
-void expect_weight(const char* op, const char* name,
-                   const Tensor& t);  // and on a GPU at a multiple of 8 bytes
+// And on a GPU at a multiple of so many bytes.
+void expect_weight(const char* op, const char* name, const Tensor& t, int multiple = 8);
 void expect_multiple(const char* op, const char* what, int64_t value, int64_t of);
 
 Real real_of(ScalarType dtype);

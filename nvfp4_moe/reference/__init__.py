@@ -1,11 +1,13 @@
 """The definition of every operator, in plain torch, written to be read. Backends are tested against it.
 
-numbers: fma, exp and the scale rules · quantize · gemm · moe · mxfp4. Slow, CPU only; it never calls an op.
+numbers: fma, exp and the scale rules · quantize · pack · gemm · moe · mxfp4. Slow, CPU only; it
+never calls an op.
 """
 
 from .gemm import grouped_gemm, linear
 from .moe import combine, moe, permute, route, swiglu, swiglu_quantize
 from .mxfp4 import mxfp4_to_nvfp4
+from .pack import pack_sm90, unpack_sm90
 from .quantize import dequantize, quantize, quantize_rows, remap_sf, tensor_scale, unmap_sf
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "linear",
     "moe",
     "mxfp4_to_nvfp4",
+    "pack_sm90",
     "permute",
     "quantize",
     "quantize_rows",
@@ -24,4 +27,5 @@ __all__ = [
     "swiglu_quantize",
     "tensor_scale",
     "unmap_sf",
+    "unpack_sm90",
 ]

@@ -12,8 +12,8 @@ namespace nvfp4::blackwell {
 // Packed activations, rows gathered, nothing fused, everything where the copy engine can read it.
 inline bool has_block_scaled_operands(const GemmParams& p) {
   const auto at16 = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
-  return !p.a && !p.rows && !p.activated && !p.a_in_k_order && !p.out_in_k_order && p.N % 8 == 0 &&
-         p.K % 32 == 0 && at16(p.a_packed) && at16(p.b) && at16(p.b_sf);
+  return !p.a && !p.rows && !p.activated && !p.b_packed && !p.a_in_k_order && !p.out_in_k_order &&
+         p.N % 8 == 0 && p.K % 32 == 0 && at16(p.a_packed) && at16(p.b) && at16(p.b_sf);
 }
 
 // What the workspace holds, one behind the other.

@@ -27,6 +27,8 @@ void group_sf(const SfGroups&, const uint8_t* linear, int64_t R, int64_t S, uint
 void dequantize(const DequantizeParams&);
 void remap_sf(const RemapParams&);
 void unmap_sf(const RemapParams&);
+void pack_sm90(const PackParams&);
+void unpack_sm90(const UnpackParams&);
 void mxfp4_to_nvfp4(const Mxfp4Params&);
 
 void grouped_gemm(const GemmParams&);

@@ -16,6 +16,8 @@ void quantize_rows(const QuantizeRowsParams&, cudaStream_t);
 void dequantize(const DequantizeParams&, cudaStream_t);
 void remap_sf(const RemapParams&, cudaStream_t);
 void unmap_sf(const RemapParams&, cudaStream_t);
+void pack_sm90(const PackParams&, cudaStream_t);
+void unpack_sm90(const UnpackParams&, cudaStream_t);
 int64_t mxfp4_workspace(const Mxfp4Params&);
 void mxfp4_to_nvfp4(const Mxfp4Params&, void* workspace, cudaStream_t);
 

@@ -4,6 +4,8 @@
 #pragma once
 #include <cstdint>
 
+#include "packed.h"
+
 namespace nvfp4::sm90 {
 
 constexpr float kDecodedUnit = 128.0f;  // accumulators are sums of v * s * 2^-7
@@ -67,6 +69,25 @@ __device__ __forceinline__ void decode(const uint2& lo, const uint2& hi, uint32_
     out[5] = multiply_high(pair_of<2>(u, u8), scales);
     out[6] = multiply_low(pair_of<3>(l, l8), scales);
     out[7] = multiply_high(pair_of<3>(u, u8), scales);
+  }
+}
+
+// The same from Hopper's own order, pair for pair.
+__device__ __forceinline__ void decode(const Words& lo, const Words& hi, uint32_t scales, uint32_t (&a)[16]) {
+  const uint32_t rests[] = {rest_of(lo), rest_of(hi)};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t words[] = {h ? lo.second : lo.first, h ? hi.second : hi.first};
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const uint32_t w = words[row];
+      const uint32_t pairs[] = {w, rotate_left(w, kRotate1), rotate_left(w, kRotate2),
+                                rotate_left(rests[row], rotate_rest(h))};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        a[8 * h + 2 * i + row] =
+            row ? multiply_high(pairs[i] & kPairBits, scales) : multiply_low(pairs[i] & kPairBits, scales);
+    }
   }
 }
 

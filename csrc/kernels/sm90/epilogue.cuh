@@ -38,9 +38,10 @@ __device__ __forceinline__ uint4 activated(const uint4& gate, const uint4& up, c
   return activated<Act::swiglu_oai>(gate, up, p);
 }
 
-template <class T>
+template <class Kernel>
 struct Epilogue {
-  const Kernel<T>& kernel;
+  using T = typename Kernel::Tile;
+  const Kernel& kernel;
   const GemmParams& p;
   const Item& item;
   int group, warp, lane;
@@ -48,20 +49,20 @@ struct Epilogue {
   static constexpr int kUnits = T::kUnits;
   Factors factors[2][kUnits];  // under way while the tile is multiplied
 
-  __device__ Epilogue(const Kernel<T>& kernel, const Item& item, int group, int warp, int lane)
+  __device__ Epilogue(const Kernel& kernel, const Item& item, int group, int warp, int lane)
       : kernel(kernel), p(kernel.p), item(item), group(group), warp(warp), lane(lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int u = 0; u < kUnits; ++u)
         factors[half][u] = factors_of(
-            p, item.expert, kernel.half_row(item, half) + kernel.place(group * kUnits + u, warp, lane / 4));
+            p, item.expert, kernel.half_row(item, half) + place_of(group * kUnits + u, warp, lane / 4));
   }
 
   // Where in its 64 bytes a warp's row of the half tile goes: the next product's order of K (decode.cuh), or
   // the natural one.
   __device__ __forceinline__ int position(int g) const {
-    const int place = g % 4 * 2 + g / 4;
+    const int place = row_of(g);
     return p.out_in_k_order ? place % 4 * 8 + warp * 2 + place / 4 : warp * 8 + place;
   }
   // Column of piece i (8 values) of unit u, in either half.
@@ -130,46 +131,103 @@ struct Epilogue {
   }
 };
 
+// Accumulators, and the scales seen, on their way from one CTA to the next.
 template <class T>
+struct Carried {
+  const Problem& problem;
+  int group;
+
+  __device__ __forceinline__ uint32_t* values(int cta) const {
+    return problem.carried + static_cast<int64_t>(cta) * T::kCarried * T::kConsumers + threadIdx.x;
+  }
+  __device__ __forceinline__ uint64_t* flag(int cta) const {
+    return problem.flags + cta * T::kWarpgroups + group;
+  }
+
+  template <class Accumulator>
+  __device__ __forceinline__ void leave(const Accumulator (&acc)[T::kUnits],
+                                        const uint32_t (&worst)[T::kUnits]) const {
+    uint32_t* to = values(blockIdx.x);
+#pragma unroll
+    for (int u = 0; u < T::kUnits; ++u) {
+#pragma unroll
+      for (int i = 0; i < cute::size(acc[u]); ++i, to += T::kConsumers) *to = __float_as_uint(acc[u](i));
+      *to = worst[u], to += T::kConsumers;
+    }
+    __threadfence();
+    sync_threads(1 + group, 128);
+    if (threadIdx.x % 128 == 0) flag_raise(flag(blockIdx.x), problem.launch);
+  }
+
+  // Lowers the flag again: a graph's next replay raises the same one.
+  template <class Accumulator>
+  __device__ __forceinline__ void take_over(Accumulator (&acc)[T::kUnits],
+                                            uint32_t (&worst)[T::kUnits]) const {
+    const int before = blockIdx.x - 1;
+    while (flag_read(flag(before)) != problem.launch) __nanosleep(64);
+    const uint32_t* from = values(before);
+#pragma unroll
+    for (int u = 0; u < T::kUnits; ++u) {
+#pragma unroll
+      for (int i = 0; i < cute::size(acc[u]); ++i, from += T::kConsumers)
+        acc[u](i) = __uint_as_float(__ldcg(from));
+      worst[u] = __ldcg(from), from += T::kConsumers;
+    }
+    sync_threads(1 + group, 128);
+    if (threadIdx.x % 128 == 0) *flag(before) = 0;
+  }
+};
+
+template <class T, template <class> class W>
 template <int N>
-__device__ __forceinline__ void Kernel<T>::compute(Pipe& pipe, const Item& it) const {
+__device__ __forceinline__ void Kernel<T, W>::compute(Pipe& pipe, const Part& own, const Item& it) const {
   if constexpr (N < T::kTokens)
-    if (it.count > N) return compute<N + T::kStep>(pipe, it);
+    if (it.count > N) return compute<N + T::kStep>(pipe, own, it);
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const Epilogue<Kernel> epilogue(*this, it, group, warp, lane);
+  const int rows[] = {half_row(it, 0), half_row(it, 1)};
+  const Carried<T> carried{problem, group};
   Accumulator<N> acc[T::kUnits];
   uint32_t worst[T::kUnits] = {};
 #pragma unroll
   for (int u = 0; u < T::kUnits; ++u) cute::clear(acc[u]);
-  const Epilogue<T> epilogue(*this, it, group, warp, lane);
-  multiply_tile<N>(pipe, places(it, group, warp, lane), acc, worst);
+  if (own.begin > 0) carried.take_over(acc, worst);
+#pragma unroll
+  for (int u = 0; u < T::kUnits; ++u) cute::warpgroup_fence_operand(acc[u]);  // or ptxas serialises (C7514)
+  multiply_part<N>(pipe, own, Weights::places(problem, rows, group, warp, lane), acc, worst);
+  if (own.end < problem.steps) return carried.leave(acc, worst);
   epilogue.template run<N>(acc, worst);
 }
 
-template <class T>
-__device__ void Kernel<T>::consume() const {
+template <class T, template <class> class W>
+__device__ void Kernel<T, W>::consume() const {
   Pipe pipe;
-  Item it;
-  for (int index = blockIdx.x; item(index, it); index += gridDim.x) compute<T::kLeast>(pipe, it);
+  Part own;
+  for (int n = 0; part(n, own); ++n) compute<T::kLeast>(pipe, own, item(own.index));
 }
 
 // Rows of no expert come back zero.
-template <class T>
-__device__ void zero_tail(const Kernel<T>& kernel) {
+template <class Kernel>
+__device__ void zero_tail(const Kernel& kernel) {
+  using T = typename Kernel::Tile;
   const GemmParams& p = kernel.p;
   const int64_t pieces = (kernel.problem.gated ? p.N / 2 : p.N) / 8;
   const int64_t begin = kernel.rows_before(static_cast<int>(p.E)) * pieces, end = p.R * pieces;
   uint4* out = reinterpret_cast<uint4*>(p.out);
-  for (int64_t i = begin + blockIdx.x * T::kThreads + threadIdx.x; i < end; i += gridDim.x * T::kThreads)
+  for (int64_t i = begin + blockIdx.x * T::kConsumers + threadIdx.x; i < end; i += gridDim.x * T::kConsumers)
     out[i] = {};
 }
 
-template <class T>
+// Offsets and weights are read while the kernel before this one still runs: it is prepare.cu's, or a product
+// as this one, and neither lets this one come up before what was on the stream before it is done.
+template <class T, template <class> class Weights>
 __global__ void __launch_bounds__(T::kThreads, T::kCtas)
     grouped_kernel(const __grid_constant__ Problem problem, const __grid_constant__ CUtensorMap weights,
                    const __grid_constant__ CUtensorMap tokens) {
   extern __shared__ __align__(1024) uint8_t raw[];
-  auto& shared = *reinterpret_cast<typename T::Shared*>(raw);
-  const Kernel<T> kernel{shared, problem, problem.p};
+  using Kernel = Kernel<T, Weights>;
+  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
+  const Kernel kernel{shared, problem, problem.p};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kWeightStages; ++i) {
@@ -182,18 +240,22 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas)
     }
     barrier_init_done();
   }
-  follow();
+  lead();
   kernel.plan();
   __syncthreads();
-  if (!problem.p.leave_tail) zero_tail(kernel);
   if (warp < T::kConsumers / 32) {
     if constexpr (T::kShifts) cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
+    follow();
+    if (!problem.p.leave_tail) zero_tail(kernel);
     kernel.consume();
     return;
   }
   if constexpr (T::kShifts) cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
   if (warp == T::kConsumers / 32 && lane == 0) kernel.load_weights(&weights);
-  if (warp == T::kConsumers / 32 + 1 && lane == 0) kernel.load_tokens(&tokens);
+  if (warp == T::kConsumers / 32 + 1 && lane == 0) {
+    follow();
+    kernel.load_tokens(&tokens);
+  }
 }
 
 }  // namespace nvfp4::sm90

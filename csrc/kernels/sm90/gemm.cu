@@ -1,9 +1,11 @@
 // Grouped products on Hopper: which tile runs, its tensor maps, and the chip's entry in the core.
 #include <algorithm>
+#include <atomic>
 
 #include "../chip.h"
 #include "gemm_problem.h"
 #include "launch.h"
+#include "packed.h"
 #include "tile.h"
 
 namespace nvfp4::sm90 {
@@ -13,17 +15,26 @@ struct Choice {
   const char* name;
   int64_t rows_an_expert, tiles;  // up to which this one runs
   int rows, tokens, ctas;
+  int64_t carried, flags;  // bytes of a CTA's accumulators and of its flags, on their way to the next
   TileLauncher* launch;
 };
 
 template <class T>
 constexpr Choice choice(const char* name, int64_t rows_an_expert, int64_t tiles, TileLauncher* launch) {
-  return {name, rows_an_expert, tiles, T::kRows, T::kTokens, T::kCtas, launch};
+  return {name,
+          rows_an_expert,
+          tiles,
+          T::kRows,
+          T::kTokens,
+          T::kCtas,
+          T::kCarried * T::kConsumers * static_cast<int64_t>(sizeof(uint32_t)),
+          T::kWarpgroups * static_cast<int64_t>(sizeof(uint64_t)),
+          launch};
 }
 
 constexpr int64_t kAny = INT64_MAX;
 constexpr Choice kTable[] = {
-    choice<Tile8s>("128x8", 3, 1056, launch_8s),  // few experts: half the rows, twice the CTAs
+    choice<Tile8s>("128x8", 3, 80, launch_8s),  // few experts: half the rows, twice the CTAs
     choice<Tile8>("256x8", 3, kAny, launch_8),          choice<Tile16>("256x16", 9, kAny, launch_16),
     choice<Tile24>("256x24", 17, kAny, launch_24),      choice<Tile32>("256x32", 24, kAny, launch_32),
     choice<Tile48>("256x48", 36, kAny, launch_48),      choice<Tile64>("256x64", 52, kAny, launch_64),
@@ -71,27 +82,58 @@ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 bool takes(const GemmParams& p) {
   const bool sizes = p.K > 0 && p.K % 32 == 0 && p.N % 8 == 0 && p.E > 0 && p.E <= kMostExperts;
   const bool index = p.R < INT32_MAX / 2 && p.a_rows < INT32_MAX / 2 && p.E * p.N < INT32_MAX / 2;
+  if (p.b_packed && p.N % kPackedRows != 0) return false;
   return sizes && index && !p.a_sf_grouped && aligned16(p.b) && aligned16(p.b_sf) && aligned16(p.out) &&
          aligned16(p.a) && aligned16(p.a_packed) && (!p.activated || (p.act != Act::relu2 && p.N % 128 == 0));
 }
 
+// What a product has in its workspace, in this order: tokens in the kernel's order, what CTAs hand on.
+struct Workspace {
+  int64_t tokens, carried, flags;  // bytes
+
+  Workspace(const GemmParams& p, const Choice& tile)
+      : tokens(p.a_in_k_order ? 0 : p.R * ordered_width(p.K) * static_cast<int64_t>(sizeof(bf16))),
+        carried(tile.carried * tile.ctas * cuda::sm_count()),
+        flags(tile.flags * tile.ctas * cuda::sm_count()) {}
+};
+
 int64_t workspace(const GemmParams& p) {
-  return p.a_in_k_order ? 0 : p.R * ordered_width(p.K) * static_cast<int64_t>(sizeof(bf16));
+  const Workspace bytes(p, choose(p.R, p.N, p.E));
+  return bytes.tokens + bytes.carried + bytes.flags;
+}
+
+// A number that memory does not hold by chance, other than any launch's before. A graph repeats its own: the
+// kernel lowers every flag it raises.
+uint64_t next_launch() {
+  static std::atomic<uint64_t> launches{0};
+  return (launches.fetch_add(1, std::memory_order_relaxed) + 1) * 0x9e3779b97f4a7c15u;
 }
 
 void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
   if (p.R == 0 || p.a_rows == 0) return;
+  const Choice& tile = choose(p.R, p.N, p.E);
+  const Workspace bytes(p, tile);
+  uint8_t* carried = static_cast<uint8_t*>(scratch) + bytes.tokens;
   const bf16* tokens = p.a;
   if (!p.a_in_k_order) {
     order_tokens(p, static_cast<bf16*>(scratch), stream);
     tokens = static_cast<const bf16*>(scratch);
   }
-  const Choice& tile = choose(p.R, p.N, p.E);
   const int tile_rows = p.activated ? tile.rows / 2 : tile.rows;
   const int64_t rows = p.activated ? p.N / 2 : p.N;
   const int steps = static_cast<int>(ordered_width(p.K) / 64);
-  const Problem problem{p, p.activated, static_cast<int>((rows + tile_rows - 1) / tile_rows), steps, steps};
-  tile.launch(problem, tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.K / 2, p.E * p.N, tile.rows / 2),
+  const Problem problem{p,
+                        p.activated,
+                        static_cast<int>((rows + tile_rows - 1) / tile_rows),
+                        steps,
+                        steps,
+                        reinterpret_cast<uint32_t*>(carried),
+                        reinterpret_cast<uint64_t*>(carried + bytes.carried),
+                        next_launch()};
+  const CUtensorMap codes =
+      p.b_packed ? CUtensorMap{}
+                 : tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.K / 2, p.E * p.N, tile.rows / 2);
+  tile.launch(problem, codes,
               tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, tokens, ordered_width(p.K), p.R, tile.tokens),
               stream);
 }

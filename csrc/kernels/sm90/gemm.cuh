@@ -12,10 +12,10 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
-#include "decode.cuh"
 #include "gemm_problem.h"
 #include "ptx.cuh"
 #include "tile.h"
+#include "weights.cuh"
 
 namespace nvfp4::sm90 {
 
@@ -23,10 +23,26 @@ struct Item {
   int expert, row_tile, first_row, count;  // tokens: rows first_row .. first_row + count of the product
 };
 
-template <class T>
+struct Part {  // of an item: steps of K
+  int index, begin, end;
+};
+
+template <class T, template <class> class Weights_>
 struct Kernel {
-  using Shared = typename T::Shared;
+  using Tile = T;
+  using Weights = Weights_<T>;
   using bf = cute::bfloat16_t;
+
+  struct Shared {
+    alignas(1024) typename Weights::Stage weights[T::kWeightStages];
+    alignas(1024) uint8_t tokens[T::kTokenStages][T::kSlabs * T::kSlabBytes];
+    alignas(16) uint8_t out[T::kWarpgroups][2 * T::kUnits][T::kSlice][80];  // 64 bytes of a token each
+    uint64_t weights_full[T::kWeightStages], weights_free[T::kWeightStages];
+    uint64_t tokens_full[T::kTokenStages], tokens_free[T::kTokenStages];
+    int2 first[1];  // [E + 1] token tiles and rows before an expert's own
+  };
+  static_assert(T::kCtas * (sizeof(Shared) + sizeof(int2) * kMostExperts + 1024) <= 228 << 10);
+  static int64_t shared_bytes(int64_t E) { return sizeof(Shared) + sizeof(int2) * E; }
 
   Shared& shared;
   const Problem& problem;
@@ -61,9 +77,8 @@ struct Kernel {
     }
   }
 
-  __device__ __forceinline__ bool item(int index, Item& item) const {
+  __device__ __forceinline__ Item item(int index) const {
     const int E = static_cast<int>(p.E);
-    if (index >= shared.first[E].x * problem.row_tiles) return false;
     int low = 0, high = E;  // the last expert that begins at or before this item
     while (high - low > 1) {
       const int middle = (low + high) / 2;
@@ -73,8 +88,41 @@ struct Kernel {
     const int local = index - first.x * problem.row_tiles, tiles = next.x - first.x;
     const int rows = next.y - first.y, each = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
     const int begin = local % tiles * each;
-    item = {low, local / tiles, first.y + begin, min(each, rows - begin)};
-    return true;
+    return {low, local / tiles, first.y + begin, min(each, rows - begin)};
+  }
+
+  // The n-th part this CTA computes. Items that do not fill the last wave are shared out in steps of K: what
+  // is left after the whole waves but one is cut into equal runs of stages, so a CTA's run may end inside an
+  // item (a head) and the next CTA's begins there (its rest). A CTA computes its head first and leaves the
+  // accumulators in memory, and takes over its neighbour's last of all, when that one is long there: no K
+  // chain is broken, no CTA waits.
+  __device__ __forceinline__ bool part(int n, Part& part) const {
+    const int items = shared.first[p.E].x * problem.row_tiles, ctas = gridDim.x, cta = blockIdx.x;
+    const int steps = problem.steps, stages = (steps + kStageSteps - 1) / kStageSteps;
+    int waves = items / ctas, begin = 0, end = 0, rest = 0, head = 0;  // items [begin, end) are whole
+    if (waves > 0 && items % ctas > 0) {
+      const int first = --waves * ctas, run = (items - first) * stages;
+      rest = cta * run / ctas, head = (cta + 1) * run / ctas;
+      begin = first + rest / stages, end = first + head / stages;
+      rest %= stages, head %= stages;
+    } else if (waves == 0 && cta < items) {
+      begin = cta, end = cta + 1;
+    }
+    if (head > 0 && n-- == 0) {
+      part = {end, 0, head * kStageSteps};
+      return true;
+    }
+    if (n < waves) {
+      part = {cta + n * ctas, 0, steps};
+      return true;
+    }
+    n += begin + (rest > 0) - waves;
+    if (n < end) {
+      part = {n, 0, steps};
+      return true;
+    }
+    part = {begin, rest * kStageSteps, steps};
+    return rest > 0 && n == end;
   }
 
   // First weight row, within the expert, of the tile's low (0) or high (1) half.
@@ -92,34 +140,16 @@ struct Kernel {
   // ---- producers -----------------------------------------------------------------------------------
 
   __device__ __forceinline__ void load_weights(const CUtensorMap* map) const {
-    const int64_t columns = problem.sf_columns;
-    const int64_t expert_sf = (p.N + 127) / 128 * columns * kSfColumnBytes;
     int stage = 0;
     uint32_t parity = 1;
-    Item it;
-    for (int index = blockIdx.x; item(index, it); index += gridDim.x) {
-      for (int step = 0; step < problem.steps; step += kStageSteps) {
+    Part own;
+    for (int n = 0; part(n, own); ++n) {
+      const Item it = item(own.index);
+      const int rows[] = {half_row(it, 0), half_row(it, 1)};
+      for (int step = own.begin; step < own.end; step += kStageSteps) {
         barrier_sleep(&shared.weights_free[stage], parity);
-        uint64_t* full = &shared.weights_full[stage];
-        const uint32_t strip = min(kStageSteps, problem.sf_columns - step) * kSfColumnBytes;
-        uint32_t strips = 0;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = half_row(it, half), last = min(row + T::kHalf, static_cast<int>(p.N)) - 1;
-          strips += row <= last ? last / 128 - row / 128 + 1 : 0;
-        }
-        barrier_expect(full, T::kRows * kCodeBytes + strips * strip);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = half_row(it, half), last = min(row + T::kHalf, static_cast<int>(p.N)) - 1;
-          copy_box(shared.codes[stage] + half * T::kHalf * kCodeBytes, map, step * 32,
-                   it.expert * static_cast<int>(p.N) + row, full);
-          const uint8_t* sf = p.b_sf + it.expert * expert_sf + static_cast<int64_t>(step) * kSfColumnBytes;
-          if (row <= last)
-            for (int a = row / 128; a <= last / 128; ++a)
-              copy_bytes(shared.scales[stage][half][a - row / 128], sf + a * columns * kSfColumnBytes, strip,
-                         full);
-        }
+        Weights::bring(shared.weights[stage], problem, map, it.expert, rows, step,
+                       &shared.weights_full[stage]);
         if (++stage == T::kWeightStages) stage = 0, parity ^= 1;
       }
     }
@@ -129,9 +159,10 @@ struct Kernel {
   __device__ __forceinline__ void load_tokens(const CUtensorMap* map) const {
     int stage = 0;
     uint32_t parity = 1;
-    Item it;
-    for (int index = blockIdx.x; item(index, it); index += gridDim.x) {
-      for (int step = 0; step < problem.steps; step += T::kSlabs) {
+    Part own;
+    for (int n = 0; part(n, own); ++n) {
+      const Item it = item(own.index);
+      for (int step = own.begin; step < own.end; step += T::kSlabs) {
         barrier_sleep(&shared.tokens_free[stage], parity);
         uint64_t* full = &shared.tokens_full[stage];
         barrier_expect(full, T::kSlabs * T::kSlabBytes);
@@ -144,13 +175,6 @@ struct Kernel {
   }
 
   // ---- consumers -----------------------------------------------------------------------------------
-
-  // Thread (g = lane / 4, c = lane % 4) of warp w holds rows g and g + 8 of the warp's 16: the low and the
-  // high row of one place in the half tile. Eight places of a warp keep shared memory free of conflicts: even
-  // rows for g < 4, odd ones for the rest.
-  __device__ __forceinline__ static int place(int unit, int warp, int g) {
-    return unit / 2 * 64 + warp * 16 + unit % 2 * 8 + (g % 4 * 2 + g / 4);
-  }
 
   template <int N>
   using Mma = decltype(cute::make_tiled_mma(
@@ -175,50 +199,6 @@ struct Kernel {
     uint32_t weights_parity = 0, tokens_parity = 0;
   };
 
-  // What a thread reads of a stage, as byte offsets.
-  struct Places {
-    uint32_t codes;                 // of unit 0's low row at step 0; step s: ^ 32 s, the swizzle
-    uint32_t scales[2][T::kUnits];  // low, high
-    int steps;        // of this lane's columns: past them a scale is padding, and may be anything
-    uint32_t select;  // the lane's two scale bytes out of two words
-  };
-
-  // A value the compiler cannot work out again: it would, in the inner loop, to save registers.
-  __device__ __forceinline__ static void keep(uint32_t& x) { asm volatile("" : "+r"(x)); }
-
-  __device__ __forceinline__ Places places(const Item& it, int group, int warp, int lane) const {
-    const int g = lane / 4, c = lane % 4, first = place(group * T::kUnits, warp, g);
-    Places at;
-    at.codes = first * kCodeBytes + ((c / 2 ^ first % 8) << 4) + c % 2 * 8;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int u = 0; u < T::kUnits; ++u) {
-        const int row = half_row(it, half) % 128 + place(group * T::kUnits + u, warp, g);
-        at.scales[half][u] = (half * T::kStrips + row / 128) * kStripBytes + row % 32 * 16 + row / 32 % 4 * 4;
-      }
-    at.select = c | (8 | c) << 4 | (4 + c) << 8 | (12 + c) << 12;  // no scale is negative: sign bytes are 0
-    at.steps = static_cast<int>((p.K / kBlock + 3 - c) / 4);
-    keep(at.codes);
-    keep(at.select);
-#pragma unroll
-    for (int u = 0; u < T::kUnits; ++u) keep(at.scales[0][u]), keep(at.scales[1][u]);
-    return at;
-  }
-
-  struct Raw {  // a thread's part of 64 rows x K 64
-    uint2 low, high;
-    uint32_t low_scales, high_scales;
-  };
-
-  __device__ __forceinline__ static Raw load(const Places& at, uint32_t codes, uint32_t scales, int s,
-                                             int u) {
-    const uint32_t row = (codes ^ 32 * s) + u * 8 * kCodeBytes;
-    return {load_words(row), load_words(row + T::kHalf * kCodeBytes),
-            load_word(scales + at.scales[0][u] + s * kSfColumnBytes),
-            load_word(scales + at.scales[1][u] + s * kSfColumnBytes)};
-  }
-
   using Operands = decltype(cute::make_tensor<bf>(
       cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<4 * T::kGroup>>{}));
 
@@ -231,7 +211,8 @@ struct Kernel {
   // A warpgroup decodes kGroup steps of K, then gives its tensor core all their products at once, and decodes
   // into the other buffer meanwhile.
   template <int N>
-  __device__ __forceinline__ void multiply_tile(Pipe& pipe, const Places& at,
+  __device__ __forceinline__ void multiply_part(Pipe& pipe, const Part& own,
+                                                const typename Weights::Places& at,
                                                 Accumulator<N> (&acc)[T::kUnits],
                                                 uint32_t (&worst)[T::kUnits]) const {
     using namespace cute;
@@ -239,16 +220,15 @@ struct Kernel {
     const auto b = token_slabs<N>();
     Operands operands[T::kBuffers];
     const bool arrives = threadIdx.x % 32 == 0;
-    constexpr int kUnits = T::kUnits, kGroup = T::kGroup, kRound = T::kRound;
+    constexpr int kUnits = T::kUnits, kGroup = T::kGroup, kRound = T::kRound, kRawSteps = Weights::kRawSteps;
 
-    for (int step = 0; step < problem.steps; step += kStageSteps) {
+    for (int step = own.begin; step < own.end; step += kStageSteps) {
       barrier_wait(&shared.weights_full[pipe.weights], pipe.weights_parity);
-      const uint32_t codes = shared_address(shared.codes[pipe.weights]) + at.codes,
-                     scales = shared_address(shared.scales[pipe.weights]);
-      Raw raw = load(at, codes, scales, 0, 0);
+      const Base base = Weights::base(at, shared_address(&shared.weights[pipe.weights]));
+      typename Weights::Raw raw = Weights::load(at, base, 0, 0);
 #pragma unroll
       for (int s = 0; s < kStageSteps; s += kGroup) {
-        if (s % kRound == 0 && step + s >= problem.steps) break;
+        if (s % kRound == 0 && step + s >= own.end) break;
         if (s % T::kSlabs == 0) barrier_wait(&shared.tokens_full[pipe.tokens], pipe.tokens_parity);
         const int slab = __shfl_sync(~0u, pipe.tokens, 0) * T::kSlabs + s % T::kSlabs;
 #pragma unroll
@@ -256,13 +236,10 @@ struct Kernel {
           auto& a = operands[(s / kGroup * kUnits + u) % T::kBuffers];
 #pragma unroll
           for (int q = 0; q < kGroup; ++q) {
-            const Raw now = raw;
-            if (q + 1 < kGroup) raw = load(at, codes, scales, s + q + 1, u);
-            uint32_t bytes = permute_bytes(now.low_scales, now.high_scales, at.select);
-            if (step + s + q >= at.steps) bytes = 0;
-            worst[u] = __vmaxu2(worst[u], bytes);
-            decode(now.low, now.high, decode_scales(bytes),
-                   *reinterpret_cast<uint32_t (*)[16]>(raw_pointer_cast(a(_, _, 4 * q).data())));
+            const typename Weights::Raw now = raw;
+            if (q + 1 < kGroup && (q + 1) % kRawSteps == 0) raw = Weights::load(at, base, s + q + 1, u);
+            Weights::decode(now, at, (s + q) % kRawSteps, step + s + q, worst[u],
+                            *reinterpret_cast<uint32_t (*)[16]>(raw_pointer_cast(a(_, _, 4 * q).data())));
           }
           warpgroup_fence_operand(acc[u]);
           warpgroup_arrive();
@@ -271,9 +248,9 @@ struct Kernel {
             cute::gemm(tiled, a(_, _, k), b(_, _, k % 4, slab + k / 4), acc[u]);
           warpgroup_commit_batch();
           if (u + 1 < kUnits)
-            raw = load(at, codes, scales, s, u + 1);
-          else if (s + kGroup < kStageSteps)
-            raw = load(at, codes, scales, s + kGroup, 0);
+            raw = Weights::load(at, base, s, u + 1);
+          else if (s + kGroup < kStageSteps && (s + kGroup) % kRawSteps == 0)
+            raw = Weights::load(at, base, s + kGroup, 0);
           warpgroup_wait<1>();
           release_tokens(pipe, arrives);
         }
@@ -287,8 +264,7 @@ struct Kernel {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) warpgroup_fence_operand(acc[u]);
     constexpr int kLast = T::kSlabs - kRound;
-    if (problem.steps % T::kSlabs > 0 &&
-        problem.steps % T::kSlabs <= kLast)  // the last tokens were not used up
+    if (own.end % T::kSlabs > 0 && own.end % T::kSlabs <= kLast)  // the last tokens were not used up
       next_tokens(pipe);
     release_tokens(pipe, arrives);
   }
@@ -299,7 +275,7 @@ struct Kernel {
   }
 
   template <int N>
-  __device__ __forceinline__ void compute(Pipe& pipe, const Item& item) const;  // epilogue.cuh
+  __device__ __forceinline__ void compute(Pipe& pipe, const Part& own, const Item& item) const;
   __device__ __forceinline__ void consume() const;
 };
 

@@ -14,6 +14,9 @@ struct Problem {
   int32_t row_tiles;  // tiles of weight rows
   int32_t steps;      // ceil(K / 64)
   int32_t sf_columns;  // ceil(K / 64): atoms of scales
+  uint32_t* carried;   // [CTAs][Tile::kCarried][consumers]: accumulators of items that two CTAs share
+  uint64_t* flags;     // [CTAs][warpgroups]: `launch` where they are there, else anything
+  uint64_t launch;     // a number no other launch has
 };
 
 }  // namespace nvfp4::sm90

@@ -4,14 +4,22 @@
 
 namespace nvfp4::sm90 {
 
+template <class T, template <class> class Weights>
+void launch_kernel(const Problem& problem, const CUtensorMap& weights, const CUtensorMap& tokens,
+                   cudaStream_t stream) {
+  const int64_t bytes = Kernel<T, Weights>::shared_bytes(problem.p.E);
+  const auto kernel = grouped_kernel<T, Weights>;
+  CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  const auto ctas = static_cast<unsigned>(cuda::sm_count() * T::kCtas);
+  launch_after(kernel, ctas, T::kThreads, bytes, stream, problem, weights, tokens);
+}
+
 template <class T>
 void launch_tile(const Problem& problem, const CUtensorMap& weights, const CUtensorMap& tokens,
                  cudaStream_t stream) {
-  const int64_t bytes = T::shared_bytes(problem.p.E);
-  CUDA_CHECK(cudaFuncSetAttribute(grouped_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(bytes)));
-  const auto ctas = static_cast<unsigned>(cuda::sm_count() * T::kCtas);
-  launch_after(grouped_kernel<T>, ctas, T::kThreads, bytes, stream, problem, weights, tokens);
+  (problem.p.b_packed ? launch_kernel<T, PackedWeights> : launch_kernel<T, PlainWeights>)(problem, weights,
+                                                                                          tokens, stream);
 }
 
 }  // namespace nvfp4::sm90

@@ -7,7 +7,7 @@
 namespace nvfp4::sm90 {
 namespace {
 
-constexpr int kThreads = 256, kShare = kOrderChunk / 2;  // values of a thread: half the words of a chunk
+constexpr int kThreads = 128, kShare = kOrderChunk / 2;  // values of a thread: half the words of a chunk
 
 // Values k .. k + 7 of a row, as BF16 pairs.
 template <bool packed>
@@ -24,28 +24,54 @@ __device__ uint4 eight(const GemmParams& p, int64_t row, int64_t k) {
 }
 
 // Half h of a chunk of 64: its 16-byte piece i holds, for c = 0..3, the pair (k, k + 4), k = 16 c + 8 h + i.
+struct Half {
+  uint4 piece[4];
+
+  template <bool packed>
+  __device__ static Half of(const GemmParams& p, int64_t row, int64_t begin) {
+    const int64_t first = begin / kOrderChunk * kOrderChunk;
+    const int h = begin % kOrderChunk != 0;
+    uint4 in[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) in[c] = eight<packed>(p, row, first + 16 * c + 8 * h);
+    Half half;
+    uint4(&piece)[4] = half.piece;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      uint32_t* const words[] = {&piece[0].x + c, &piece[1].x + c, &piece[2].x + c, &piece[3].x + c};
+      *words[0] = __byte_perm(in[c].x, in[c].z, 0x5410);
+      *words[1] = __byte_perm(in[c].x, in[c].z, 0x7632);
+      *words[2] = __byte_perm(in[c].y, in[c].w, 0x5410);
+      *words[3] = __byte_perm(in[c].y, in[c].w, 0x7632);
+    }
+    return half;
+  }
+
+  __device__ void store(bf16* to) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) *reinterpret_cast<uint4*>(to + 8 * i) = piece[i];
+  }
+};
+
+// A thread's share of a row of `a`, to every row of the product that reads it where `slots` says which (a row
+// is read once), else of a row of the product.
 template <bool packed>
 __global__ void __launch_bounds__(kThreads) order_kernel(GemmParams p, int64_t width, bf16* out) {
   follow();
+  lead();  // not before: the product reads offsets and weights without waiting for this kernel
   const int64_t share = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = share / (width / kShare);
-  if (row >= p.R) return;
-  const int64_t from = p.rows ? min(max(static_cast<int64_t>(p.rows[row]), int64_t{0}), p.a_rows - 1) : row;
-  const int64_t begin = share % (width / kShare) * kShare, first = begin / kOrderChunk * kOrderChunk;
-  const int h = begin % kOrderChunk != 0;
-  uint4 in[4], piece[4];
-#pragma unroll
-  for (int c = 0; c < 4; ++c) in[c] = eight<packed>(p, from, first + 16 * c + 8 * h);
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    uint32_t* const words[] = {&piece[0].x + c, &piece[1].x + c, &piece[2].x + c, &piece[3].x + c};
-    *words[0] = __byte_perm(in[c].x, in[c].z, 0x5410);
-    *words[1] = __byte_perm(in[c].x, in[c].z, 0x7632);
-    *words[2] = __byte_perm(in[c].y, in[c].w, 0x5410);
-    *words[3] = __byte_perm(in[c].y, in[c].w, 0x7632);
+  const int64_t row = share / (width / kShare), begin = share % (width / kShare) * kShare;
+  if (row >= (p.slots ? p.a_rows : p.R)) return;
+  if (!p.slots) {
+    const int64_t from = p.rows ? min(max(static_cast<int64_t>(p.rows[row]), int64_t{0}), p.a_rows - 1) : row;
+    return Half::of<packed>(p, from, begin).store(out + row * width + begin);
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) *reinterpret_cast<uint4*>(out + row * width + begin + 8 * i) = piece[i];
+  const Half half = Half::of<packed>(p, row, begin);
+  const int choices = static_cast<int>(p.R / p.a_rows);
+  for (int j = 0; j < choices; ++j) {
+    const int64_t to = p.slots[row * choices + j];
+    if (to >= 0 && to < p.R) half.store(out + to * width + begin);
+  }
 }
 
 }  // namespace
@@ -53,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) order_kernel(GemmParams p, int64_t w
 int64_t ordered_width(int64_t K) { return (K + kOrderChunk - 1) / kOrderChunk * kOrderChunk; }
 
 void order_tokens(const GemmParams& p, bf16* out, cudaStream_t stream) {
-  const int64_t width = ordered_width(p.K), shares = p.R * width / kShare;
+  const int64_t width = ordered_width(p.K), shares = (p.slots ? p.a_rows : p.R) * width / kShare;
   const auto ctas = static_cast<unsigned>((shares + kThreads - 1) / kThreads);
   launch_after(p.a_packed ? order_kernel<true> : order_kernel<false>, ctas, kThreads, 0, stream, p, width,
                out);

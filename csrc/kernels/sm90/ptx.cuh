@@ -58,6 +58,23 @@ __device__ __forceinline__ uint2 load_words(uint32_t address) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(address));
   return words;
 }
+__device__ __forceinline__ uint4 load_quad(uint32_t address) {
+  uint4 words;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address));
+  return words;
+}
+__device__ __forceinline__ uint32_t load_byte(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+__device__ __forceinline__ uint32_t load_half(uint32_t address) {
+  uint32_t word;
+  asm volatile("{.reg .b16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(word) : "r"(address));
+  return word;
+}
 
 // A box of a two-dimensional tensor.
 __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, int x, int y, uint64_t* barrier) {
@@ -77,10 +94,17 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, uint32_t 
       : "memory");
 }
 
-// Wait for the kernel before this one on the stream; its successor may come up already.
-__device__ __forceinline__ void follow() {
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+// Wait for the kernel before this one on the stream. The one after it may come up from lead() on.
+__device__ __forceinline__ void follow() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void lead() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+__device__ __forceinline__ void flag_raise(uint64_t* flag, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+__device__ __forceinline__ uint64_t flag_read(const uint64_t* flag) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+  return value;
 }
 
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {

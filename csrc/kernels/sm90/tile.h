@@ -8,10 +8,7 @@
 
 namespace nvfp4::sm90 {
 
-constexpr int kCodeBytes = 128;      // of a weight row in one stage: 256 codes, the width of a swizzled box
-constexpr int kStageSteps = 4;       // steps of K = 64 in it
-constexpr int kSfColumnBytes = 512;  // an atom of interleaved scales: 128 rows, one step
-constexpr int kStripBytes = kStageSteps * kSfColumnBytes;  // a stage's scales of 128 rows
+constexpr int kStageSteps = 4;  // steps of K = 64 in a stage of weights
 
 // A CTA computes kRows weight rows x kTokens tokens over all of K: kWarpgroups times kUnits tiles of 64 rows.
 // A tile pairs `low` rows, the first half of the CTA's, with `high` ones, the second half (gate with up): a
@@ -35,23 +32,11 @@ struct Tile {
   static constexpr int kConsumerRegisters =
       (65536 / kThreads / 8 * 8 * (kWarpgroups + 1) - kProducerRegisters) / kWarpgroups / 8 * 8;
   static constexpr int kRows = 64 * kWarpgroups * kUnits, kHalf = kRows / 2;
-  static constexpr int kStrips = (kHalf + 127) / 128 + kHalf / 128;  // 128-row strips half a tile may touch
+  static constexpr int kCarried = kUnits * (kTokens / 2 + 1);  // words a consumer hands to the next CTA
   static constexpr int kSlabBytes = kTokens * 128;
   static constexpr int kSlice = kTokens % 32 == 0   ? 32
                                 : kTokens % 24 == 0 ? 24
                                                     : kTokens;  // tokens the epilogue stages at once
-
-  struct Shared {
-    alignas(1024) uint8_t codes[kWeightStages][kRows * kCodeBytes];
-    alignas(1024) uint8_t tokens[kTokenStages][kSlabs * kSlabBytes];
-    alignas(128) uint8_t scales[kWeightStages][2][kStrips][kStripBytes];
-    alignas(16) uint8_t out[kWarpgroups][2 * kUnits][kSlice][80];  // 64 bytes of a token each
-    uint64_t weights_full[kWeightStages], weights_free[kWeightStages];
-    uint64_t tokens_full[kTokenStages], tokens_free[kTokenStages];
-    int2 first[1];  // [E + 1] token tiles and rows before an expert's own
-  };
-  static_assert(kCtas * (sizeof(Shared) + sizeof(int2) * kMostExperts + 1024) <= 228 << 10);
-  static int64_t shared_bytes(int64_t E) { return sizeof(Shared) + sizeof(int2) * E; }
   static_assert(kWarpgroups * kUnits % 2 == 0, "row mapping works on pairs of 64-row tiles");
   static_assert(kStageSteps % kSlabs == 0 && kSlabs % kGroup == 0);
   static constexpr int kRound = kGroup * kBuffers > kUnits ? kGroup * kBuffers / kUnits : kGroup;
@@ -61,11 +46,11 @@ struct Tile {
 //                 wgs units tokens slabs group stages of weights, tokens; CTAs
 using Tile8s = Tile<2, 1, 8, 8, 4, 1, 4, 4, 2>;
 using Tile8 = Tile<4, 1, 8, 8, 4, 2, 4, 4, 1>;
-using Tile16 = Tile<4, 1, 16, 16, 4, 1, 4, 4, 1>;
+using Tile16 = Tile<4, 1, 16, 16, 4, 2, 4, 4, 1>;
 using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4, 1>;
 using Tile32 = Tile<4, 1, 32, 32, 4, 1, 3, 4, 1>;
 using Tile48 = Tile<4, 1, 48, 48, 2, 1, 3, 4, 1>;
 using Tile64 = Tile<4, 1, 64, 64, 2, 1, 3, 4, 1>;
-using Tile128 = Tile<2, 2, 96, 128, 1, 1, 2, 7, 1>;
+using Tile128 = Tile<2, 2, 64, 128, 1, 1, 2, 7, 1>;
 
 }  // namespace nvfp4::sm90

@@ -1,0 +1,203 @@
+// How a stage of weights comes into shared memory, and a thread's part of it into registers: from the
+// checkpoint's layout, and from Hopper's own.
+#pragma once
+#include "decode.cuh"
+#include "gemm_problem.h"
+#include "ptx.cuh"
+#include "tile.h"
+
+namespace nvfp4::sm90 {
+
+// Thread (g = lane / 4, c = lane % 4) of warp w holds rows g and g + 8 of the warp's 16: the low and the high
+// row of one place in the half tile. Eight places of a warp keep shared memory free of conflicts: even rows
+// for g < 4, odd ones for the rest.
+__device__ __forceinline__ int place_of(int unit, int warp, int g) {
+  return unit / 2 * 64 + warp * 16 + unit % 2 * 8 + row_of(g);
+}
+
+// A value the compiler cannot work out again: it would, in the inner loop, to save registers.
+__device__ __forceinline__ void keep(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
+struct Base {  // addresses a thread reads in one stage
+  uint32_t codes, scales;
+};
+
+// Codes in swizzled boxes of 128-byte rows, 256 codes; atoms of interleaved scales: 128 rows, one step of K.
+template <class T>
+struct PlainWeights {
+  static constexpr int kRawSteps = 1, kCodeBytes = 128, kSfColumnBytes = 512;
+  static constexpr int kStripBytes = kStageSteps * kSfColumnBytes;         // a stage's scales of 128 rows
+  static constexpr int kStrips = (T::kHalf + 127) / 128 + T::kHalf / 128;  // that half a tile may touch
+
+  struct Stage {
+    alignas(1024) uint8_t codes[T::kRows * kCodeBytes];
+    uint8_t scales[2][kStrips][kStripBytes];
+  };
+
+  // rows: the first of the tile's halves.
+  __device__ __forceinline__ static void bring(Stage& stage, const Problem& problem, const CUtensorMap* map,
+                                               int expert, const int (&rows)[2], int step, uint64_t* full) {
+    const GemmParams& p = problem.p;
+    const int64_t columns = problem.sf_columns;
+    const uint32_t strip = min(kStageSteps, problem.sf_columns - step) * kSfColumnBytes;
+    uint32_t strips = 0;
+#pragma unroll
+    for (const int row : rows) {
+      const int last = min(row + T::kHalf, static_cast<int>(p.N)) - 1;
+      strips += row <= last ? last / 128 - row / 128 + 1 : 0;
+    }
+    barrier_expect(full, T::kRows * kCodeBytes + strips * strip);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = rows[half], last = min(row + T::kHalf, static_cast<int>(p.N)) - 1;
+      copy_box(stage.codes + half * T::kHalf * kCodeBytes, map, step * 32,
+               expert * static_cast<int>(p.N) + row, full);
+      const int64_t first = (static_cast<int64_t>(expert) * ((p.N + 127) / 128) + row / 128) * columns + step;
+      const uint8_t* sf = p.b_sf + first * kSfColumnBytes;
+      for (int a = 0; row <= last && row / 128 + a <= last / 128; ++a)
+        copy_bytes(stage.scales[half][a], sf + a * columns * kSfColumnBytes, strip, full);
+    }
+  }
+
+  // What a thread reads of a stage, as byte offsets.
+  struct Places {
+    uint32_t codes;                 // of unit 0's low row at step 0; step s: ^ 32 s, the swizzle
+    uint32_t scales[2][T::kUnits];  // low, high
+    int steps;        // of this lane's columns: past them a scale is padding, and may be anything
+    uint32_t select;  // the lane's two scale bytes out of two words
+  };
+
+  __device__ __forceinline__ static Places places(const Problem& problem, const int (&rows)[2], int group,
+                                                  int warp, int lane) {
+    const int g = lane / 4, c = lane % 4, first = place_of(group * T::kUnits, warp, g);
+    Places at;
+    at.codes = first * kCodeBytes + ((c / 2 ^ first % 8) << 4) + c % 2 * 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int u = 0; u < T::kUnits; ++u) {
+        const int row = rows[half] % 128 + place_of(group * T::kUnits + u, warp, g);
+        at.scales[half][u] = (half * kStrips + row / 128) * kStripBytes + row % 32 * 16 + row / 32 % 4 * 4;
+      }
+    at.select = c | (8 | c) << 4 | (4 + c) << 8 | (12 + c) << 12;  // no scale is negative: sign bytes are 0
+    at.steps = static_cast<int>((problem.p.K / kBlock + 3 - c) / 4);
+    keep(at.codes);
+    keep(at.select);
+#pragma unroll
+    for (int u = 0; u < T::kUnits; ++u) keep(at.scales[0][u]), keep(at.scales[1][u]);
+    return at;
+  }
+
+  struct Raw {  // a thread's part of 64 rows x K 64
+    uint2 low, high;
+    uint32_t low_scales, high_scales;
+  };
+
+  __device__ __forceinline__ static Base base(const Places& at, uint32_t stage) {
+    return {stage + at.codes, stage + T::kRows * kCodeBytes};
+  }
+  __device__ __forceinline__ static Raw load(const Places& at, const Base& base, int s, int u) {
+    const uint32_t row = (base.codes ^ 32 * s) + place_of(u, 0, 0) * kCodeBytes;
+    return {load_words(row), load_words(row + T::kHalf * kCodeBytes),
+            load_word(base.scales + at.scales[0][u] + s * kSfColumnBytes),
+            load_word(base.scales + at.scales[1][u] + s * kSfColumnBytes)};
+  }
+
+  // The A operands of four m64n*k16; `worst`: the greatest scales seen, low and high.
+  __device__ __forceinline__ static void decode(const Raw& raw, const Places& at, int, int step,
+                                                uint32_t& worst, uint32_t (&a)[16]) {
+    uint32_t bytes = permute_bytes(raw.low_scales, raw.high_scales, at.select);
+    if (step >= at.steps) bytes = 0;
+    worst = __vmaxu2(worst, bytes);
+    sm90::decode(raw.low, raw.high, decode_scales(bytes), a);
+  }
+};
+
+// Blocks of packed.h as they lie.
+template <class T>
+struct PackedWeights {
+  // Both steps of a block at once; where a warpgroup has several units, registers are for accumulators.
+  static constexpr int kRawSteps = T::kUnits == 1 ? kPackedSteps : 1, kBlocks = kStageSteps / kPackedSteps;
+  static constexpr int kStrips = T::kHalf / kPackedRows;
+  static constexpr int kUnitBytes = kPackedCodeBytes / 2, kStripBytes = kBlocks * kPackedBytes;
+
+  struct Stage {
+    uint8_t blocks[2][kStrips][kBlocks][kPackedBytes];
+  };
+
+  // Where K ends half-way through a stage its last block comes twice: tokens past K are zero.
+  __device__ __forceinline__ static void bring(Stage& stage, const Problem& problem, const CUtensorMap*,
+                                               int expert, const int (&rows)[2], int step, uint64_t* full) {
+    const int64_t strips = problem.p.N / kPackedRows, columns = packed_columns(problem.p.K),
+                  column = step / kPackedSteps;
+    const uint8_t* b = problem.p.b + (expert * strips * columns + column) * kPackedBytes;
+    uint32_t count = 0;
+#pragma unroll
+    for (const int row : rows) count += min(max(static_cast<int>(strips - row / kPackedRows), 0), kStrips);
+    barrier_expect(full, count * kStripBytes);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < kStrips; ++i) {
+        const int64_t strip = rows[half] / kPackedRows + i;
+        if (strip >= strips) continue;
+        const uint8_t* from = b + strip * columns * kPackedBytes;
+        auto& to = stage.blocks[half][i];
+        if (columns - column >= kBlocks) {
+          copy_bytes(to, from, kStripBytes, full);
+        } else {
+          copy_bytes(to[0], from, kPackedBytes, full);
+          copy_bytes(to[1], from, kPackedBytes, full);
+        }
+      }
+  }
+
+  struct Places {
+    uint32_t codes, scales;
+  };
+
+  __device__ __forceinline__ static Places places(const Problem&, const int (&)[2], int group, int warp,
+                                                  int lane) {
+    const int unit = group * T::kUnits, thread = warp * 32 + lane;
+    const uint32_t strip = unit / 2 * kStripBytes;
+    Places at{strip + unit % 2 * kUnitBytes + thread * 16,
+              strip + static_cast<uint32_t>(kPackedCodeBytes) + unit % 2 * (kUnitBytes / 8) + thread * 2};
+    keep(at.codes);
+    keep(at.scales);
+    return at;
+  }
+
+  struct Raw {  // a thread's part of 64 rows x kRawSteps
+    Words low[kRawSteps], high[kRawSteps];
+    uint32_t low_scales, high_scales;
+  };
+
+  __device__ __forceinline__ static Base base(const Places& at, uint32_t stage) {
+    return {stage + at.codes, stage + at.scales};
+  }
+  __device__ __forceinline__ static Raw load(const Places&, const Base& base, int s, int u) {
+    constexpr int kHigh = kStrips * kStripBytes;
+    const uint32_t block = u / 2 * kStripBytes + s / kPackedSteps * kPackedBytes,
+                   codes = base.codes + block + u % 2 * kUnitBytes + s % kPackedSteps * 8,
+                   scales = base.scales + block + u % 2 * (kUnitBytes / 8) + s % kPackedSteps;
+    if constexpr (kRawSteps == 1) {
+      const uint2 low = load_words(codes), high = load_words(codes + kHigh);
+      return {{{low.x, low.y}}, {{high.x, high.y}}, load_byte(scales), load_byte(scales + kHigh)};
+    } else {
+      const uint4 low = load_quad(codes), high = load_quad(codes + kHigh);
+      return {{{low.x, low.y}, {low.z, low.w}},
+              {{high.x, high.y}, {high.z, high.w}},
+              load_half(scales),
+              load_half(scales + kHigh)};
+    }
+  }
+
+  __device__ __forceinline__ static void decode(const Raw& raw, const Places&, int s, int, uint32_t& worst,
+                                                uint32_t (&a)[16]) {
+    const uint32_t bytes = permute_bytes(raw.low_scales, raw.high_scales, s ? 0xd591 : 0xc480);
+    worst = __vmaxu2(worst, bytes);
+    sm90::decode(raw.low[s], raw.high[s], decode_scales(bytes), a);
+  }
+};
+
+}  // namespace nvfp4::sm90
