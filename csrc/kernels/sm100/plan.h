@@ -10,8 +10,8 @@
 namespace nvfp4::blackwell {
 
 // B200 as published: 148 SMs, 8 TB/s, 9 PFLOP/s dense in NVFP4; 1.85 GHz; shared memory 128 bytes a cycle.
-// What reaches an SM is taken from Hopper, what L2 gives for it from the 5120 bytes a cycle published for A100,
-// over Hopper's 132 SMs. That it is the smaller of the two is what clusters of four are for.
+// What reaches an SM is taken from Hopper; what L2 gives for it is A100's published 5120 bytes a cycle over
+// Hopper's 132 SMs. That it is the smaller of the two is what clusters of four are for.
 struct B200 {
   static constexpr double kSms = 148, kHz = 1.85e9;
   static constexpr double kDramBytes = 8e12 / kHz;                             // a cycle, all SMs
