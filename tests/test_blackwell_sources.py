@@ -112,6 +112,8 @@ def source(name: str, mistake: tuple[str, str] | None) -> str:
         text = text.replace(*mistake)
     text += (ROOT / "tests/cpp/blackwell.cpp").read_text()
     text = re.sub(r"#(pragma once|include).*", "", text)
+    text = text.replace("__shared__", "static")
+    text = re.sub(r"__global__ void __launch_bounds__\(\w+\)", "static void", text)
     text = re.sub(r"(\w+)<<<(\w+), (\w+), 0, \w+>>>\(", r"launch(\2, \3, \1, ", text)
     text = text.replace('extern "C" void run(', f'extern "C" void run_{name}(')
     opened = f"namespace nvfp4::blackwell::{name} {{ using namespace simt; using std::max, std::min;"

@@ -12,12 +12,6 @@
 #include <memory>
 #include <vector>
 
-#undef __global__
-#undef __shared__
-#undef __launch_bounds__
-#define __global__
-#define __shared__ static
-#define __launch_bounds__(threads)
 #define CUDA_CHECK(call) (call)
 
 namespace simt {

@@ -10,12 +10,13 @@
 namespace nvfp4::blackwell {
 
 // B200 as published: 148 SMs, 8 TB/s, 9 PFLOP/s dense in NVFP4; 1.85 GHz; shared memory 128 bytes a cycle.
-// What L2 gives an SM is taken from Hopper.
+// What reaches an SM is taken from Hopper; what L2 gives for it is A100's published 5120 bytes a cycle over
+// Hopper's 132 SMs. That it is the smaller of the two is what clusters of four are for.
 struct B200 {
   static constexpr double kSms = 148, kHz = 1.85e9;
   static constexpr double kDramBytes = 8e12 / kHz;                             // a cycle, all SMs
   static constexpr double kMacs = 9e15 / 2 / kHz / kSms;                       // a cycle and SM: 16,400
-  static constexpr double kSharedBytes = 128, kPortBytes = 64, kL2Bytes = 40;  // a cycle and SM
+  static constexpr double kSharedBytes = 128, kPortBytes = 64, kL2Bytes = 39;  // a cycle and SM
   static constexpr double kFill = 1500;  // cycles before the first product of a wave
 };
 
