@@ -114,11 +114,24 @@ def bandwidth_cases(R: int, K: int):
     scales = lambda: torch.randint(1, 127, (E, R, columns), dtype=torch.uint8, device="cuda")  # noqa: E731
     remap = lambda: (scales().view(torch.float8_e4m3fn),)  # noqa: E731
     yield "remap_sf", 2 * E * sf, lambda a: ops.remap_sf(*a), None, remap
+    yield from pack_cases(R, K)
     yield from mxfp4_cases(R, K)
     T, k = R // 8, 8
     slots = lambda: torch.randperm(R, device="cuda", dtype=torch.int32).view(T, k)  # noqa: E731
     combine = lambda: (bf16(R, K), slots(), torch.rand(T, k, device="cuda"))  # noqa: E731
     yield "combine", x + x // k + 8 * R, lambda a: ops.combine(*a), torch_combine, combine
+
+
+def pack_cases(R: int, K: int, E: int = 16):
+    """E matrices to Hopper's own order and back."""
+    u8 = {"dtype": torch.uint8, "device": "cuda"}
+    codes = lambda: torch.randint(256, (E, R // E, K // 2), **u8)  # noqa: E731
+    scales = lambda: torch.randint(1, 127, (E, R // E, K // BLOCK), **u8)  # noqa: E731
+    public = lambda: (codes(), ops.remap_sf(scales().view(torch.float8_e4m3fn)))  # noqa: E731
+    packed = lambda: (ops.pack_sm90(*public()), K)  # noqa: E731
+    moved = R * K * 9 // 8
+    yield "pack_sm90", moved, lambda a: ops.pack_sm90(*a), None, public
+    yield "unpack_sm90", moved, lambda a: ops.unpack_sm90(*a), None, packed
 
 
 def mxfp4_cases(R: int, K: int, E: int = 16):

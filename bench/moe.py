@@ -10,6 +10,9 @@ system's output (the graph's, on memory that held NaN) is compared with float32 
 dequantized weights, ours also with the generic CUDA kernels in a process without chip libraries. A peer that
 is not installed shows n/a and the reason.
 
+On Hopper "ours" reads weights in its own order, as a layer does after pack_(); "public" is the same call on
+the layout that every chip reads. Elsewhere "ours" is the public layout and "public" n/a.
+
 peers: peers_humming.py (pip: humming-kernels), peers_vllm.py (pip: vllm, of which one .so is enough)."""
 
 import argparse
@@ -60,7 +63,7 @@ def reason(error: Exception) -> str:
 
 def systems(layer: Layer, computes: list[str], peers: list[str]) -> dict[str, Run | str]:
     """Name -> what runs it, or why it cannot run."""
-    runs: dict[str, Run | str] = {f"ours {compute}": peers_ours.ours(layer, compute) for compute in computes}
+    runs: dict[str, Run | str] = {**peers_ours.orders(layer, computes)}
     for peer in peers:
         try:
             runs |= PEERS[peer](layer)
@@ -86,7 +89,7 @@ def measure(
             failed[name] = reason(error)
             continue
         times[name] = dataclasses.asdict(took)
-        reference_of = "nvfp4" if name == "ours nvfp4" else "bf16"
+        reference_of = "nvfp4" if name.startswith("ours nvfp4") else "bf16"
         if reference_of in wanted:
             errors[name] = relative_error(out, wanted[reference_of])
     return times, errors, failed

@@ -9,7 +9,12 @@ PEER_COLUMNS = {"humming grouped": 15, "humming indexed": 15, "Marlin": 9, "BF16
 
 
 def nvfp4_peers(row: dict) -> dict[str, float]:
-    return {n: t["us"] for n, t in row["times"].items() if n not in ("BF16", "ours bf16", "ours nvfp4")}
+    return {n: t["us"] for n, t in row["times"].items() if n != "BF16" and not n.startswith("ours")}
+
+
+def public_name(row: dict) -> str:
+    """The time of the layout that every chip reads, where ours is Hopper's own order."""
+    return next((name for name in row["times"] if name.endswith(" public")), "none")
 
 
 def best_peer(row: dict) -> float:
@@ -26,7 +31,7 @@ def show_model(model: Model, rows: list[dict], ceilings: dict[str, float]) -> No
     peers = " ".join(f"{name:>{width}}" for name, width in PEER_COLUMNS.items())
     print(
         f"{'T':>6} {'hit':>4} {'floor':>8} | {'ours':>8} {'[IQR]':>7} {'% floor':>7} {'GB/s':>5}"
-        f" {'TFLOP/s':>7} {'roof':>9} {'nvfp4':>8} | {peers} | best peer / ours"
+        f" {'TFLOP/s':>7} {'roof':>9} {'public':>8} {'nvfp4':>8} | {peers} | best peer / ours"
     )
     for row in rows:
         print(line(row, ceilings))
@@ -50,12 +55,12 @@ def line(row: dict, ceilings: dict[str, float]) -> str:
     peers = " ".join(f"{us(name):>{width}}" for name, width in PEER_COLUMNS.items())
     time = row["times"].get("ours bf16") or row["times"].get("ours nvfp4")
     if not time:
-        return f"{head} {'n/a':>8} {'':>49} | {peers} |"
+        return f"{head} {'n/a':>8} {'':>58} | {peers} |"
     ours, rate = time["us"], row["flop"] / time["us"] / 1e6
     cells = (
         f"{number(ours):>8} {number(time['high'] - time['low']):>7} {100 * row['floor_us'] / ours:>6.0f}%",
         f"{row['weight_bytes'] / ours / 1e3:>5.0f} {rate:>7.1f} {roof(row, ours, ceilings):>9}",
-        f"{us('ours nvfp4'):>8} | {peers} | {best_peer(row) / ours:.2f}x",
+        f"{us(public_name(row)):>8} {us('ours nvfp4'):>8} | {peers} | {best_peer(row) / ours:.2f}x",
     )
     return " ".join((head, *cells))
 
@@ -92,6 +97,12 @@ def show_summary(rows: list[dict], decode: int) -> None:
         print(f"all {geometric_mean(list(ahead.values())):.2f}")
         behind = [f"{model} T={T} ({v:.2f}x)" for (model, T), v in ahead.items() if v < 1]
         print(f"behind the best peer: {', '.join(behind) or 'nowhere'}")
+    public = [(r["T"], r["times"]["ours bf16 public"]["us"] / r["times"]["ours bf16"]["us"])
+              for r in both if "ours bf16 public" in r["times"]]  # fmt: skip
+    if public:
+        at_decode = geometric_mean([v for T, v in public if decode >= T])
+        print(f"public layout / ours, geometric mean: T <= {decode} {at_decode:.3f}, ", end="")
+        print(f"all {geometric_mean([v for _, v in public]):.3f}")
     pairs = [r["times"] for r in both if "ours nvfp4" in r["times"]]
     if pairs:
         cost = [t["ours nvfp4"]["us"] / t["ours bf16"]["us"] for t in pairs]

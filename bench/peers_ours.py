@@ -6,19 +6,29 @@ import torch
 from moe_layer import Layer, Tokens
 from torch import Tensor
 
-from nvfp4_moe import ops
+from nvfp4_moe import Nvfp4Tensor, ops
 
 
-def ours(layer: Layer, compute: str) -> Callable[[Tokens], Tensor]:
-    w13, w2 = layer.w13, layer.w2
-    w13_sf, w2_sf = w13.interleaved_sf(), w2.interleaved_sf()
+def runs_packed() -> bool:
+    """Whether weights in Hopper's own order run here."""
+    return ops.gemm_plan(1, 128, 128, 1, "bf16").startswith("sm90")
 
-    def run(t: Tokens) -> Tensor:
-        return ops.moe(
-            t.x, t.ids, t.weights, w13.packed, w13_sf, w13.alpha, w2.packed, w2_sf, w2.alpha, compute=compute
-        )
 
-    return run
+def weights(w: Nvfp4Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    sf = w.interleaved_sf()
+    return (ops.pack_sm90(w.packed, sf), sf.new_empty(0), w.alpha) if packed else (w.packed, sf, w.alpha)
+
+
+def ours(layer: Layer, compute: str, packed: bool = False) -> Callable[[Tokens], Tensor]:
+    experts = *weights(layer.w13, packed), *weights(layer.w2, packed)
+    return lambda t: ops.moe(*t.all, *experts, compute=compute)
+
+
+def orders(layer: Layer, computes: list[str]) -> dict[str, Callable[[Tokens], Tensor]]:
+    """Ours as a layer runs after pack_(), and beside it, in one compute, the public layout."""
+    packed = runs_packed()
+    runs = {f"ours {compute}": ours(layer, compute, packed) for compute in computes}
+    return runs | ({f"ours {computes[0]} public": ours(layer, computes[0])} if packed else {})
 
 
 def bf16(layer: Layer) -> dict[str, Callable[[Tokens], Tensor]]:

@@ -23,6 +23,12 @@ STYLES = {  # in the order of the legend
         "marker": "o",
         "label": "nvfp4_moe, NVFP4 activations",
     },
+    "ours bf16 public": {
+        "color": "#c0392b",
+        "linewidth": 1.0,
+        "linestyle": "--",
+        "label": "nvfp4_moe, public layout, BF16 activations",
+    },
     "humming grouped": {"color": "#2471a3", "marker": "s"},
     "humming indexed": {"color": "#7fb3d5", "marker": "s"},
     "Marlin": {"color": "#229954", "marker": "^", "label": "Marlin (vLLM)"},

@@ -69,7 +69,7 @@ def test_marlin_scales_keep_their_value():
 def test_the_table_shows_who_is_ahead_and_who_is_missing(capsys):
     times = {
         name: {"us": us, "low": us, "high": us + 1}
-        for name, us in {"ours bf16": 60.0, "Marlin": 105.0}.items()
+        for name, us in {"ours bf16": 60.0, "ours bf16 public": 69.0, "Marlin": 105.0}.items()
     }
     row = {
         "model": DSV4.name, "T": 1, "hit": 6, "weight_bytes": 222_953_472, "flop": 792_723_456,
@@ -84,3 +84,4 @@ def test_the_table_shows_who_is_ahead_and_who_is_missing(capsys):
     assert " 1.75x" in text and "n/a humming: No module named 'humming'" in text
     assert "88% read" in text and "56.0 = 56.0 decode<8>" in text
     assert "behind the best peer: nowhere" in text
+    assert " 69.0 " in text and "public layout / ours, geometric mean: T <= 64 1.150, all 1.150" in text

@@ -8,7 +8,7 @@ from compare import assert_same_bits, relative_rms
 from torch import nn
 
 from nvfp4_moe import Nvfp4GroupedLinear, Nvfp4Linear, Nvfp4MoE, Nvfp4Tensor, Router, SharedExpert, ops
-from nvfp4_moe.layers.linear import pad_k
+from nvfp4_moe.layers.weights import pad_k
 
 # NVFP4 weights err by 9.5 % relative RMS on Gaussian data, activations by as much again, independently: 13.5
 # % a GEMM

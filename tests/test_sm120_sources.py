@@ -69,6 +69,8 @@ def source(name: str, mistake: tuple[str, str] | None) -> str:
     text += (ROOT / "tests/cpp/sm120_product.cpp").read_text()
     text = re.sub(r"#(pragma|include).*", "", text)
     text = re.sub(r"extern __shared__ .* memory\[\];", "uint8_t* memory = simt::shared_memory;", text)
+    text = text.replace("__shared__", "static").replace("__grid_constant__", "")
+    text = re.sub(r"__global__ void __launch_bounds__\(.*\)", "static void", text)
     text = re.sub(r"(\w+)<<<(\w+), (\w+), 0, \w+>>>\(", r"launch(\2, \3, \1, ", text)
     text = text.replace('extern "C" void run(', f'extern "C" void run_{name}(')
     opened = f"namespace nvfp4::blackwell::{name} {{ using namespace simt; using std::max, std::min;"

@@ -7,28 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .. import ops
-from ..formats import BLOCK, sf_cosize
+from ..formats import BLOCK
 from ..tensor import Nvfp4Tensor
-
-
-def pad_k(K: int) -> int:
-    """GPU GEMMs want K % 32 = 0: 16-byte rows for the copy engine."""
-    return -(-K // 32) * 32
-
-
-def pad_n(N: int) -> int:
-    return -(-N // 8) * 8
-
-
-def hold_weights(
-    module: nn.Module, name: str, lead: tuple[int, ...], N: int, K: int, alphas: tuple[int, ...], device
-):
-    """Register {name} [.., N, K/2], {name}_sf [.., cosize] and {name}_alpha as buffers, all zero."""
-    cosize = sf_cosize(N, K // BLOCK)
-    module.register_buffer(name, torch.zeros(*lead, N, K // 2, dtype=torch.uint8, device=device))
-    sf = torch.zeros(*lead, cosize, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    module.register_buffer(f"{name}_sf", sf)
-    module.register_buffer(f"{name}_alpha", torch.zeros((*lead, *alphas), device=device))
+from .weights import Nvfp4Weights, pad_k, pad_n
 
 
 def expect_shape(layer: str, what: str, got, wanted) -> None:
@@ -40,7 +21,7 @@ def float_weight(module: nn.Linear | Tensor) -> Tensor:
     return module.weight.detach() if isinstance(module, nn.Module) else module.detach()
 
 
-class Nvfp4Linear(nn.Module):
+class Nvfp4Linear(Nvfp4Weights):
     """y = x W^T + bias for bf16 x [.., in_features]; W in NVFP4.
 
     Several `out_features` are shards fused into one GEMM (q, k, v or gate, up), each with its own alpha.
@@ -60,13 +41,13 @@ class Nvfp4Linear(nn.Module):
         self.compute = compute
         N = pad_n(self.out_features)
         alphas = () if len(self.shards) == 1 else (N,)
-        hold_weights(self, "weight", (), N, pad_k(in_features), alphas, device)
+        self.hold("weight", (), N, pad_k(in_features), alphas, device)
         self.register_buffer("bias", torch.zeros(N, device=device) if bias else None)
 
     def load_weights(self, *shards: Nvfp4Tensor, bias: Tensor | None = None) -> "Nvfp4Linear":
         """Copy quantized shards (one for each of `out_features`) and the bias in."""
         expect_shape("Nvfp4Linear", "the shards' rows", [s.shape[0] for s in shards], self.shards)
-        N, K = len(self.weight), 2 * self.weight.shape[1]
+        _, N, K = self.weight_shapes["weight"]
         for s in shards:
             expect_shape(
                 "Nvfp4Linear", "a shard", s.shape, (s.shape[0], -(-self.in_features // BLOCK) * BLOCK)
@@ -76,8 +57,7 @@ class Nvfp4Linear(nn.Module):
             torch.cat([s.sf.view(torch.uint8) for s in shards]).view(torch.float8_e4m3fn),
             torch.zeros(()),
         ).padded(N, K)
-        self.weight.copy_(joined.packed)
-        self.weight_sf.copy_(joined.interleaved_sf())
+        self.put("weight", joined)
         if len(shards) == 1:
             self.weight_alpha.copy_(shards[0].alpha)
         else:
@@ -104,15 +84,15 @@ class Nvfp4Linear(nn.Module):
         return layer.load_weights(*(Nvfp4Tensor.quantize(w, method) for w in weights), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad(x, (0, 2 * self.weight.shape[1] - self.in_features))
+        x = pad(x, (0, self.weight_shapes["weight"][2] - self.in_features))
         y = ops.linear(x, self.weight, self.weight_sf, self.weight_alpha, self.compute, self.bias)
         return y[..., : self.out_features]
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={list(self.shards)}, compute={self.compute}"
+        return f"in={self.in_features}, out={list(self.shards)}, compute={self.compute}{self.order}"
 
 
-class Nvfp4GroupedLinear(nn.Module):
+class Nvfp4GroupedLinear(Nvfp4Weights):
     """y[.., g, :] = x[.., g, :] W[g]^T: a block-diagonal linear (DeepSeek-V4's o_a_proj), one alpha a
     block."""
 
@@ -120,15 +100,14 @@ class Nvfp4GroupedLinear(nn.Module):
         super().__init__()
         self.groups, self.in_features, self.out_features = groups, in_features, out_features
         self.compute = compute
-        hold_weights(self, "weight", (groups,), pad_n(out_features), pad_k(in_features), (), device)
+        self.hold("weight", (groups,), pad_n(out_features), pad_k(in_features), (), device)
 
     def load_weights(self, weight: Nvfp4Tensor) -> "Nvfp4GroupedLinear":
         """weight [groups, out, in], alpha [groups]."""
         rounded = -(-self.in_features // BLOCK) * BLOCK
         expect_shape("Nvfp4GroupedLinear", "weight", weight.shape, (self.groups, self.out_features, rounded))
-        grown = weight.padded(self.weight.shape[1], 2 * self.weight.shape[2])
-        self.weight.copy_(grown.packed)
-        self.weight_sf.copy_(grown.interleaved_sf())
+        _, N, K = self.weight_shapes["weight"]
+        self.put("weight", weight.padded(N, K))
         self.weight_alpha.copy_(weight.alpha)
         return self
 
@@ -150,7 +129,7 @@ class Nvfp4GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         lead = x.shape[:-2]
-        x = pad(x, (0, 2 * self.weight.shape[2] - self.in_features)).flatten(0, -3)  # [T, G, K]
+        x = pad(x, (0, self.weight_shapes["weight"][2] - self.in_features)).flatten(0, -3)  # [T, G, K]
         T = x.shape[0]
         rows = x.transpose(0, 1).flatten(0, 1)  # a block's rows together
         offsets = torch.arange(self.groups + 1, dtype=torch.int32, device=x.device) * T
@@ -160,4 +139,5 @@ class Nvfp4GroupedLinear(nn.Module):
         return y.reshape(*lead, self.groups, self.out_features)
 
     def extra_repr(self) -> str:
-        return f"groups={self.groups}, in={self.in_features}, out={self.out_features}, compute={self.compute}"
+        size = f"groups={self.groups}, in={self.in_features}, out={self.out_features}"
+        return f"{size}, compute={self.compute}{self.order}"

@@ -7,8 +7,9 @@ from torch.nn.functional import pad
 from .. import ops
 from ..formats import BLOCK
 from ..tensor import Nvfp4Tensor
-from .linear import Nvfp4Linear, expect_shape, float_weight, hold_weights, pad_k
+from .linear import Nvfp4Linear, expect_shape, float_weight
 from .router import Router
+from .weights import Nvfp4Weights, pad_k
 
 
 class SharedExpert(nn.Module):
@@ -76,12 +77,13 @@ def expert_weights(experts: nn.Module) -> tuple[Tensor | None, Tensor, Tensor]:
     return (gate, torch.stack([float_weight(w) for w in ups]), torch.stack([float_weight(w) for w in downs]))
 
 
-class Nvfp4MoE(nn.Module):
+class Nvfp4MoE(Nvfp4Weights):
     """x [.., H] bf16 -> [.., H]: routed experts first_expert .. first_expert + num_experts, plus a shared
     one.
 
     w13 holds gate rows then up rows, each half with its own alpha; act "relu2" has no gate. compute: "nvfp4"
-    quantizes activations as well, "bf16" only the weights. Biases are float32 (gpt-oss).
+    quantizes activations as well, "bf16" only the weights. Biases are float32 (gpt-oss). pack_() swaps the
+    routed experts for Hopper's own order; the shared one has layers of its own.
     """
 
     def __init__(
@@ -106,15 +108,15 @@ class Nvfp4MoE(nn.Module):
         self.halves = 1 if act == "relu2" else 2
         H, I = pad_k(hidden), pad_k(intermediate)
         alphas = (2,) if self.halves == 2 else ()
-        hold_weights(self, "w13", (num_experts,), self.halves * I, H, alphas, device)
-        hold_weights(self, "w2", (num_experts,), H, I, (), device)
+        self.hold("w13", (num_experts,), self.halves * I, H, alphas, device)
+        self.hold("w2", (num_experts,), H, I, (), device)
         w13_bias = torch.zeros(num_experts, self.halves * I, device=device) if bias else None
         self.register_buffer("w13_bias", w13_bias)
         self.register_buffer("w2_bias", torch.zeros(num_experts, H, device=device) if bias else None)
 
     def load_weights(self, gate: Nvfp4Tensor | None, up: Nvfp4Tensor, down: Nvfp4Tensor) -> "Nvfp4MoE":
         """gate, up [E, I, H] and down [E, H, I], alphas [E]; gate is None for relu2."""
-        E, I, H = len(self.w13), self.w13.shape[1] // self.halves, 2 * self.w13.shape[2]
+        E, (_, H, I) = len(self.w2), self.weight_shapes["w2"]
         parts = [up] if gate is None else [gate, up]
         if len(parts) != self.halves:
             raise ValueError(f"Nvfp4MoE: act={self.act} takes {self.halves} of gate and up, got {len(parts)}")
@@ -126,18 +128,15 @@ class Nvfp4MoE(nn.Module):
         for e in range(E):  # an expert at a time: the peak is one expert's copy
             grown = [Nvfp4Tensor(p.packed[e], p.sf[e], p.alpha[e]).padded(I, H) for p in parts]
             sf = torch.cat([g.sf.view(torch.uint8) for g in grown]).view(torch.float8_e4m3fn)
-            self.w13[e].copy_(torch.cat([g.packed for g in grown]))
-            self.w13_sf[e].copy_(ops.remap_sf(sf))
-            grown_down = Nvfp4Tensor(down.packed[e], down.sf[e], down.alpha[e]).padded(H, I)
-            self.w2[e].copy_(grown_down.packed)
-            self.w2_sf[e].copy_(grown_down.interleaved_sf())
+            self.put("w13", Nvfp4Tensor(torch.cat([g.packed for g in grown]), sf, up.alpha[e]), e)
+            self.put("w2", Nvfp4Tensor(down.packed[e], down.sf[e], down.alpha[e]).padded(H, I), e)
         self.w13_alpha.copy_(up.alpha if gate is None else torch.stack([gate.alpha, up.alpha], 1))
         self.w2_alpha.copy_(down.alpha)
         return self
 
     def load_biases(self, gate: Tensor | None, up: Tensor, down: Tensor) -> "Nvfp4MoE":
         """gate, up [E, I] and down [E, H]."""
-        I = self.w13.shape[1] // self.halves
+        I = self.weight_shapes["w2"][2]
         for i, part in enumerate([up] if gate is None else [gate, up]):
             self.w13_bias[:, i * I : i * I + self.intermediate].copy_(part)
         self.w2_bias[:, : self.hidden].copy_(down)
@@ -178,7 +177,7 @@ class Nvfp4MoE(nn.Module):
         tokens = x.reshape(-1, self.hidden)
         weights, ids = self.router(tokens)
         y = ops.moe(
-            pad(tokens, (0, 2 * self.w13.shape[2] - self.hidden)), ids, weights,
+            pad(tokens, (0, self.weight_shapes["w13"][2] - self.hidden)), ids, weights,
             self.w13, self.w13_sf, self.w13_alpha, self.w2, self.w2_sf, self.w2_alpha,
             self.first_expert, self.compute, self.act, self.act_alpha, self.limit,
             self.w13_bias, self.w2_bias,
@@ -187,4 +186,4 @@ class Nvfp4MoE(nn.Module):
 
     def extra_repr(self) -> str:
         size = f"{len(self.w13)} experts from {self.first_expert}, {self.hidden} -> {self.intermediate}"
-        return f"{size}, act={self.act}, compute={self.compute}"
+        return f"{size}, act={self.act}, compute={self.compute}{self.order}"

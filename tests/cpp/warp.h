@@ -5,11 +5,6 @@
 
 #include "../blackwell_on_hopper/fragments.h"
 
-#undef __launch_bounds__
-#define __launch_bounds__(...)
-#undef __grid_constant__
-#define __grid_constant__
-
 namespace simt {
 
 alignas(1024) inline uint8_t shared_memory[99 * 1024];

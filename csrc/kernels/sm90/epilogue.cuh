@@ -180,9 +180,10 @@ struct Carried {
 
 template <class T, template <class> class W>
 template <int N>
-__device__ __forceinline__ void Kernel<T, W>::compute(Pipe& pipe, const Part& own, const Item& it) const {
+__device__ __forceinline__ void Kernel<T, W>::compute(Pipe& pipe, const Work& work) const {
+  const auto& [it, own] = work;
   if constexpr (N < T::kTokens)
-    if (it.count > N) return compute<N + T::kStep>(pipe, own, it);
+    if (it.count > N) return compute<N + T::kStep>(pipe, work);
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const Epilogue<Kernel> epilogue(*this, it, group, warp, lane);
   const int rows[] = {half_row(it, 0), half_row(it, 1)};
@@ -202,8 +203,12 @@ __device__ __forceinline__ void Kernel<T, W>::compute(Pipe& pipe, const Part& ow
 template <class T, template <class> class W>
 __device__ void Kernel<T, W>::consume() const {
   Pipe pipe;
-  Part own;
-  for (int n = 0; part(n, own); ++n) compute<T::kLeast>(pipe, own, item(own.index));
+  for (int n = 0;; n = n == T::kWeightStages ? 0 : n + 1) {
+    barrier_wait(&shared.weights_full[pipe.weights], pipe.weights_parity);
+    const Work& work = shared.work[n];
+    if (work.item.count == 0) return;
+    compute<T::kLeast>(pipe, work);
+  }
 }
 
 // Rows of no expert come back zero.

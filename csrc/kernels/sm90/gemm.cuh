@@ -19,12 +19,17 @@
 
 namespace nvfp4::sm90 {
 
-struct Item {
+struct alignas(16) Item {
   int expert, row_tile, first_row, count;  // tokens: rows first_row .. first_row + count of the product
 };
 
-struct Part {  // of an item: steps of K
+struct alignas(16) Part {  // of an item: steps of K
   int index, begin, end;
+};
+
+struct Work {  // of a CTA
+  Item item;
+  Part part;
 };
 
 template <class T, template <class> class Weights_>
@@ -39,7 +44,8 @@ struct Kernel {
     alignas(16) uint8_t out[T::kWarpgroups][2 * T::kUnits][T::kSlice][80];  // 64 bytes of a token each
     uint64_t weights_full[T::kWeightStages], weights_free[T::kWeightStages];
     uint64_t tokens_full[T::kTokenStages], tokens_free[T::kTokenStages];
-    int2 first[1];  // [E + 1] token tiles and rows before an expert's own
+    Work work[T::kWeightStages + 1];  // in turn: the producer is no more items ahead than it has stages
+    int2 first[1];                    // [E + 1] token tiles and rows before an expert's own
   };
   static_assert(T::kCtas * (sizeof(Shared) + sizeof(int2) * kMostExperts + 1024) <= 228 << 10);
   static int64_t shared_bytes(int64_t E) { return sizeof(Shared) + sizeof(int2) * E; }
@@ -143,16 +149,21 @@ struct Kernel {
     int stage = 0;
     uint32_t parity = 1;
     Part own;
-    for (int n = 0; part(n, own); ++n) {
+    int n = 0;
+    for (; part(n, own); ++n) {
       const Item it = item(own.index);
       const int rows[] = {half_row(it, 0), half_row(it, 1)};
       for (int step = own.begin; step < own.end; step += kStageSteps) {
         barrier_sleep(&shared.weights_free[stage], parity);
+        if (step == own.begin) shared.work[n % (T::kWeightStages + 1)] = {it, own};
         Weights::bring(shared.weights[stage], problem, map, it.expert, rows, step,
                        &shared.weights_full[stage]);
         if (++stage == T::kWeightStages) stage = 0, parity ^= 1;
       }
     }
+    barrier_sleep(&shared.weights_free[stage], parity);
+    shared.work[n % (T::kWeightStages + 1)].item.count = 0;  // that was all
+    barrier_arrive(&shared.weights_full[stage]);
   }
 
   // Rows past the tile's own come along: their columns of the product are not stored.
@@ -275,7 +286,7 @@ struct Kernel {
   }
 
   template <int N>
-  __device__ __forceinline__ void compute(Pipe& pipe, const Part& own, const Item& item) const;
+  __device__ __forceinline__ void compute(Pipe& pipe, const Work& work) const;
   __device__ __forceinline__ void consume() const;
 };
 

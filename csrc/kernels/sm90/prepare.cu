@@ -47,9 +47,25 @@ struct Half {
     return half;
   }
 
-  __device__ void store(bf16* to) const {
+  // Two threads, the halves of a chunk, take turns: each instruction then fills whole sectors of 32 bytes.
+  __device__ void pair_up(int h) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) *reinterpret_cast<uint4*>(to + 8 * i) = piece[i];
+    for (int i = 0; i < 4; i += 2) {
+      const uint4 mine = piece[i], next = piece[i + 1], given = exchange(h ? mine : next);
+      piece[i] = h ? given : mine;
+      piece[i + 1] = h ? next : given;
+    }
+  }
+  __device__ static uint4 exchange(const uint4& x) {
+    return {__shfl_xor_sync(~0u, x.x, 1), __shfl_xor_sync(~0u, x.y, 1), __shfl_xor_sync(~0u, x.z, 1),
+            __shfl_xor_sync(~0u, x.w, 1)};
+  }
+
+  // After pair_up: pieces 0 and 2 belong to the chunk's first half, 1 and 3 to its second.
+  __device__ void store(bf16* chunk, int h) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      *reinterpret_cast<uint4*>(chunk + i % 2 * kShare + i / 2 * 16 + h * 8) = piece[i];
   }
 };
 
@@ -60,17 +76,19 @@ __global__ void __launch_bounds__(kThreads) order_kernel(GemmParams p, int64_t w
   follow();
   lead();  // not before: the product reads offsets and weights without waiting for this kernel
   const int64_t share = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = share / (width / kShare), begin = share % (width / kShare) * kShare;
-  if (row >= (p.slots ? p.a_rows : p.R)) return;
-  if (!p.slots) {
-    const int64_t from = p.rows ? min(max(static_cast<int64_t>(p.rows[row]), int64_t{0}), p.a_rows - 1) : row;
-    return Half::of<packed>(p, from, begin).store(out + row * width + begin);
-  }
-  const Half half = Half::of<packed>(p, row, begin);
+  const int64_t rows = p.slots ? p.a_rows : p.R, row = share / (width / kShare),
+                begin = share % (width / kShare) * kShare, chunk = begin / kOrderChunk * kOrderChunk;
+  const int h = begin % kOrderChunk != 0;
+  int64_t from = min(row, rows - 1);  // all lanes take part in the exchange
+  if (!p.slots && p.rows) from = min(max(static_cast<int64_t>(p.rows[from]), int64_t{0}), p.a_rows - 1);
+  Half half = Half::of<packed>(p, from, begin);
+  half.pair_up(h);
+  if (row >= rows) return;
+  if (!p.slots) return half.store(out + row * width + chunk, h);
   const int choices = static_cast<int>(p.R / p.a_rows);
   for (int j = 0; j < choices; ++j) {
     const int64_t to = p.slots[row * choices + j];
-    if (to >= 0 && to < p.R) half.store(out + to * width + begin);
+    if (to >= 0 && to < p.R) half.store(out + to * width + chunk, h);
   }
 }
 

@@ -8,7 +8,8 @@
 
 namespace nvfp4::sm90 {
 
-constexpr int kStageSteps = 4;  // steps of K = 64 in a stage of weights
+constexpr int kStageSteps = 4;       // steps of K = 64 in a stage of weights
+constexpr int kSfColumnBytes = 512;  // an atom of interleaved scales: 128 rows, one step
 
 // A CTA computes kRows weight rows x kTokens tokens over all of K: kWarpgroups times kUnits tiles of 64 rows.
 // A tile pairs `low` rows, the first half of the CTA's, with `high` ones, the second half (gate with up): a
@@ -28,7 +29,7 @@ struct Tile {
   static constexpr bool kShifts =
       kCtas == 1;  // registers from the producers, a warpgroup then, to the consumers
   static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + (kShifts ? 128 : 64);
-  static constexpr int kProducerRegisters = 56;
+  static constexpr int kProducerRegisters = kWarpgroups == 4 ? 64 : 56;
   static constexpr int kConsumerRegisters =
       (65536 / kThreads / 8 * 8 * (kWarpgroups + 1) - kProducerRegisters) / kWarpgroups / 8 * 8;
   static constexpr int kRows = 64 * kWarpgroups * kUnits, kHalf = kRows / 2;
@@ -46,7 +47,7 @@ struct Tile {
 //                 wgs units tokens slabs group stages of weights, tokens; CTAs
 using Tile8s = Tile<2, 1, 8, 8, 4, 1, 4, 4, 2>;
 using Tile8 = Tile<4, 1, 8, 8, 4, 2, 4, 4, 1>;
-using Tile16 = Tile<4, 1, 16, 16, 4, 2, 4, 4, 1>;
+using Tile16 = Tile<4, 1, 16, 16, 4, 1, 4, 4, 1>;
 using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4, 1>;
 using Tile32 = Tile<4, 1, 32, 32, 4, 1, 3, 4, 1>;
 using Tile48 = Tile<4, 1, 48, 48, 2, 1, 3, 4, 1>;

@@ -25,7 +25,7 @@ struct Base {  // addresses a thread reads in one stage
 // Codes in swizzled boxes of 128-byte rows, 256 codes; atoms of interleaved scales: 128 rows, one step of K.
 template <class T>
 struct PlainWeights {
-  static constexpr int kRawSteps = 1, kCodeBytes = 128, kSfColumnBytes = 512;
+  static constexpr int kRawSteps = 1, kCodeBytes = 128;
   static constexpr int kStripBytes = kStageSteps * kSfColumnBytes;         // a stage's scales of 128 rows
   static constexpr int kStrips = (T::kHalf + 127) / 128 + T::kHalf / 128;  // that half a tile may touch
 
@@ -38,7 +38,6 @@ struct PlainWeights {
   __device__ __forceinline__ static void bring(Stage& stage, const Problem& problem, const CUtensorMap* map,
                                                int expert, const int (&rows)[2], int step, uint64_t* full) {
     const GemmParams& p = problem.p;
-    const int64_t columns = problem.sf_columns;
     const uint32_t strip = min(kStageSteps, problem.sf_columns - step) * kSfColumnBytes;
     uint32_t strips = 0;
 #pragma unroll
@@ -52,10 +51,9 @@ struct PlainWeights {
       const int row = rows[half], last = min(row + T::kHalf, static_cast<int>(p.N)) - 1;
       copy_box(stage.codes + half * T::kHalf * kCodeBytes, map, step * 32,
                expert * static_cast<int>(p.N) + row, full);
-      const int64_t first = (static_cast<int64_t>(expert) * ((p.N + 127) / 128) + row / 128) * columns + step;
-      const uint8_t* sf = p.b_sf + first * kSfColumnBytes;
-      for (int a = 0; row <= last && row / 128 + a <= last / 128; ++a)
-        copy_bytes(stage.scales[half][a], sf + a * columns * kSfColumnBytes, strip, full);
+      const uint8_t* sf = p.b_sf + expert * problem.sf_expert + step * int64_t{kSfColumnBytes};
+      for (int a = row / 128; row <= last && a <= last / 128; ++a)
+        copy_bytes(stage.scales[half][a - row / 128], sf + a * problem.sf_strip, strip, full);
     }
   }
 
