@@ -67,6 +67,8 @@ def source(name: str, mistake: tuple[str, str] | None) -> str:
         text = text.replace(*mistake)
     text = text[: text.index("template <int kTokens>\nvoid run_tile")] + "}\n"
     text += (ROOT / "tests/cpp/sm120_product.cpp").read_text()
+    if mistake:  # one tile: the compiler's time
+        text = re.sub(r"if \(sizes\[7\] == (64|128)\).*", "", text)
     text = re.sub(r"#(pragma|include).*", "", text)
     text = re.sub(r"extern __shared__ .* memory\[\];", "uint8_t* memory = simt::shared_memory;", text)
     text = text.replace("__shared__", "static").replace("__grid_constant__", "")
