@@ -83,6 +83,17 @@ struct Kernel {
     }
   }
 
+  // Tokens of all tiles of an expert but the last: alike or full, by which needs the smaller MMAs.
+  __device__ __forceinline__ static int tokens_each(int rows, int tiles) {
+    const int alike = ((rows + tiles - 1) / tiles + 7) / 8 * 8, others = tiles - 1;
+    const int cost_alike = others * mma_tokens(alike) + mma_tokens(rows - others * alike);
+    const int cost_full = others * T::kTokens + mma_tokens(rows - others * T::kTokens);
+    return cost_full < cost_alike ? T::kTokens : alike;
+  }
+  __device__ __forceinline__ static int mma_tokens(int count) {
+    return T::kLeast + max(count - T::kLeast + T::kStep - 1, 0) / T::kStep * T::kStep;
+  }
+
   __device__ __forceinline__ Item item(int index) const {
     const int E = static_cast<int>(p.E);
     int low = 0, high = E;  // the last expert that begins at or before this item
@@ -92,8 +103,7 @@ struct Kernel {
     }
     const int2 first = shared.first[low], next = shared.first[low + 1];
     const int local = index - first.x * problem.row_tiles, tiles = next.x - first.x;
-    const int rows = next.y - first.y, each = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
-    const int begin = local % tiles * each;
+    const int rows = next.y - first.y, each = tokens_each(rows, tiles), begin = local % tiles * each;
     return {low, local / tiles, first.y + begin, min(each, rows - begin)};
   }
 

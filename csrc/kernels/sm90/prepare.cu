@@ -51,14 +51,16 @@ struct Half {
   __device__ void pair_up(int h) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-      const uint4 mine = piece[i], next = piece[i + 1], given = exchange(h ? mine : next);
-      piece[i] = h ? given : mine;
-      piece[i + 1] = h ? next : given;
+      take_turns(h, piece[i].x, piece[i + 1].x);
+      take_turns(h, piece[i].y, piece[i + 1].y);
+      take_turns(h, piece[i].z, piece[i + 1].z);
+      take_turns(h, piece[i].w, piece[i + 1].w);
     }
   }
-  __device__ static uint4 exchange(const uint4& x) {
-    return {__shfl_xor_sync(~0u, x.x, 1), __shfl_xor_sync(~0u, x.y, 1), __shfl_xor_sync(~0u, x.z, 1),
-            __shfl_xor_sync(~0u, x.w, 1)};
+  __device__ static void take_turns(int h, uint32_t& first, uint32_t& second) {
+    const uint32_t given = __shfl_xor_sync(~0u, h ? first : second, 1);
+    first = h ? given : first;
+    second = h ? second : given;
   }
 
   // After pair_up: pieces 0 and 2 belong to the chunk's first half, 1 and 3 to its second.

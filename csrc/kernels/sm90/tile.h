@@ -20,7 +20,7 @@ struct Tile {
   static constexpr int kWarpgroups = kWarpgroups_, kUnits = kUnits_;  // 64-row tiles a warpgroup
   static constexpr int kTokens =
       kTokens_;  // at most; the MMA's N is the least of kLeast, + kStep, .. that does
-  static constexpr int kLeast = kLeast_, kStep = 32;
+  static constexpr int kLeast = kLeast_, kStep = 48;
   static constexpr int kSlabs = kSlabs_;  // steps of K in a stage of tokens
   static constexpr int kGroup = kGroup_;  // steps decoded and multiplied at once
   static constexpr int kBuffers = 2;      // of decoded operands
@@ -52,6 +52,6 @@ using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4, 1>;
 using Tile32 = Tile<4, 1, 32, 32, 4, 1, 3, 4, 1>;
 using Tile48 = Tile<4, 1, 48, 48, 2, 1, 3, 4, 1>;
 using Tile64 = Tile<4, 1, 64, 64, 2, 1, 3, 4, 1>;
-using Tile128 = Tile<2, 2, 64, 128, 1, 1, 2, 7, 1>;
+using Tile128 = Tile<2, 2, 80, 128, 1, 1, 2, 7, 1>;
 
 }  // namespace nvfp4::sm90
