@@ -22,7 +22,7 @@ CHIPS = {
     "sm80": ("80", []),
     "sm90": ("90", ["90a"]),
     "sm100": ("100", ["100a", "103a"]),
-    "sm120": ("120", ["120a"]),
+    "sm120": ("120", ["120a", "121a"]),
 }
 CXX_FLAGS = [
     "-std=c++20",
@@ -59,6 +59,7 @@ NVCC_FLAGS = [
     "-O3",
     "--fmad=false",
     "--expt-relaxed-constexpr",  # CUTLASS calls host constexpr functions on the device
+    "-DNDEBUG",  # or CUTLASS tests every copy's thread, with a breakpoint behind
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xptxas=-warn-spills",
 ]
@@ -131,10 +132,10 @@ def chip_libraries(chips: list[str]) -> list[cpp_extension.CppExtension]:
     """One library for each chip that has kernels of its own, csrc/kernels/<chip>; it registers with the
     core."""
     own = {chip: sources(f"kernels/{chip}", suffix=".cu") for chip in chips}
-    if "sm100" in chips and not cutlass_include():
+    if (needing := {"sm100", "sm120"} & set(chips)) and not cutlass_include():
         sys.exit(
-            "NVFP4_CHIPS: sm100 needs CUTLASS's headers: git submodule update --init, or "
-            "pip install --no-deps nvidia-cutlass==4.2.0.0"
+            f"NVFP4_CHIPS: {', '.join(sorted(needing))} needs CUTLASS's headers: "
+            "git submodule update --init, or pip install --no-deps nvidia-cutlass==4.2.0.0"
         )
     return [
         library(f"libnvfp4_{chip}", files, CHIPS[chip][1], links=cudart(), includes=[str(cutlass_include())])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvfp4_moe import reference
+from nvfp4_moe import formats, reference
 from nvfp4_moe.tensor import Nvfp4Tensor
 
 
@@ -54,6 +54,21 @@ def random_weights(E: int, N: int, K: int, alphas: int = 1) -> Weights:
     w = Nvfp4Tensor.quantize(lively(E, N, K))
     alpha = torch.exp(torch.randn(E, alphas)) * 2.0**-9
     return Weights(w.packed, w.sf, alpha[:, 0].contiguous() if alphas == 1 else alpha)
+
+
+def epilogue_steps(N: int = 72, K: int = 64):
+    """Grouped products whose sums are exact, so that ((acc * alpha) * a_scale) + bias is known to the bit:
+    products that overflow or lose bits on the way, a bias that leaves nothing. (a, w, offsets, bias, out)"""
+    w, offsets = random_weights(1, N, K), torch.tensor([0, K], dtype=torch.int32)
+    ones = torch.ones(K, K // 16).to(torch.float8_e4m3fn)
+    codes = formats.pack(2 * torch.eye(K, dtype=torch.uint8))  # code 2 is 1
+    for alpha, scale in ((2.0**126, 2.0**-100), (2.0**-140, 2.0**120), (0.7, 1.1)):
+        w.alpha = torch.tensor([alpha])
+        a = codes, ones, torch.full((K,), scale) * torch.rand(K).add(1)
+        product = (w.dequantized(0).T * w.alpha) * a[2][:, None]
+        yield a, w, offsets, None, product.bfloat16()
+    bias = -product[5][None]
+    yield a, w, offsets, bias, (product + bias).bfloat16()
 
 
 def poison(shape, dtype, device="cpu") -> None:

@@ -38,9 +38,10 @@ def plan(tmp_path_factory):
 
 
 def test_every_tile_of_the_table_is_compiled_and_no_other(plan):
-    table = {(plan.tokens(i), plan.sms(i)) for i in range(plan.tiles())}
+    table = {(plan.tokens(i), plan.sms(i), plan.cluster(i)) for i in range(plan.tiles())}
     sources = "".join(p.read_text() for p in (ROOT / "csrc/kernels/sm100").glob("tile_*.cu"))
-    compiled = {tuple(map(int, found)) for found in re.findall(r"kernel<(\d+), (\d+)>", sources)}
+    found = re.findall(r"::kernel<(\d+), (\d+)(?:, (\d+))?>", sources)
+    compiled = {(int(tokens), int(sms), int(cluster or sms)) for tokens, sms, cluster in found}
     assert compiled == table and len(table) == plan.tiles()
 
 
@@ -71,9 +72,15 @@ def test_one_row_leaves_sms_idle_and_is_bound_by_what_feeds_the_others(plan, N, 
 def test_many_rows_run_on_the_largest_tile_near_the_peak(plan, N, K, E):
     R = 4096 * E
     tile = plan.chosen(R, N, K, E)
-    assert plan.tokens(tile) == 256 and plan.bound(tile, R, N, K, E) != b"memory"
+    assert (plan.tokens(tile), plan.cluster(tile)) == (256, 4)
+    assert plan.bound(tile, R, N, K, E) != b"memory"
     peak = 2 * R * N * K / 9e15 * 1.85e9
-    assert 0.98 < plan.cycles(tile, R, N, K, E) / peak < 1.25
+    assert 0.98 < plan.cycles(tile, R, N, K, E) / peak < 1.6
+
+
+@pytest.mark.parametrize("N", [128, 256])
+def test_weights_that_give_a_cluster_one_tile_run_without(plan, N):
+    assert plan.cluster(plan.chosen(4096 * 8, N, 4096, 8)) < 4
 
 
 @pytest.mark.parametrize("N, K, E", LAYERS)

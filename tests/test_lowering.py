@@ -75,17 +75,20 @@ def test_copies_of_codes_count_bytes_and_copies_of_scales_stay():
 def test_a_pairs_copies_count_at_the_leaders_barrier():
     pair = {"pair": ".cta_group::2"}
     text = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], %r40;\nmov.b32 \t%r40, 77824;\n"
+    cast = {"cast": ".multicast::cluster", "mask": "%rs1, ", **pair}
     text += COPY.format(d=2, cast="", more="", mask="", **pair) * 2
-    text += COPY.format(d=4, cast=".multicast::cluster", more=", %r24, %r24", mask="%rs1, ", **pair)
+    text += COPY.format(d=4, more=", %r24, %r24", **cast)
+    text += COPY.format(d=2, cast="", more="", mask="", **pair) + COPY.format(d=2, more="", **cast)
     text = lowered(text)
     sizes = [
         line.split("], ")[1].rstrip(";")
         for line in text.splitlines()
         if line.startswith("st.param.b32 [p0], ") and "%r" not in line
     ]
-    assert sizes == ["16384", "16384", "2048"]  # 128 rows of weights; half of 256 tokens; a half's scales
+    # 128 rows of weights; half of 256 tokens; the scales of all; weights; those tokens again, slice by slice
+    assert sizes == ["16384", "16384", "4096", "16384", "16384"]
     assert "cta_group" not in text and "multicast::cluster" not in text
-    assert text.count("emulate_copy_end") == 3 and text.count("cvt.u32.u16 mask, %rs1;") == 1
+    assert text.count("emulate_copy_end") == 5 and text.count("cvt.u32.u16 mask, %rs1;") == 2
 
 
 def test_what_is_not_known_is_left_for_ptxas_to_refuse():

@@ -1,8 +1,8 @@
-"""Builds the Blackwell library for Hopper: `python build.py OUT shadow | ptx`.
+"""Builds the Blackwell libraries for Hopper: `python build.py OUT [shadow | ptx | sm120_shadow | sm120_ptx]`.
 
-shadow: the real operators and set-up kernel, the shadow executor in CUTLASS's place.
-ptx: the real everything; ptxas gets the kernels' own PTX with the tcgen05 instructions lowered to calls.
-Both register as the chip of compute capability 9 and need no GPU to be built."""
+shadow: the real operators and set-up kernel, the shadow executor in the kernels' place.
+ptx: the real everything; ptxas gets the kernels' own PTX with Blackwell's instructions lowered to calls.
+All register as the chip of compute capability 9 and need no GPU to be built."""
 
 import os
 import re
@@ -22,22 +22,26 @@ SOURCES = {
     "ptx": [
         *COMMON,
         HERE / "tensor_map.cu",
-        *(KERNELS / f"sm100/tile_{t}.cu" for t in ("64", "128", "256", "256_2sm")),
+        *sorted((KERNELS / "sm100").glob("tile_*.cu")),
     ],
+    "sm120_shadow": [KERNELS / "sm120/grouped_gemm.cu", HERE / "chip.cu", HERE / "shadow_sm120.cu"],
+    "sm120_ptx": [KERNELS / "sm120/grouped_gemm.cu", HERE / "chip.cu", KERNELS / "sm120/tiles.cu"],
 }
 
 
-def flags(cutlass: Path) -> list[str]:
+def flags(cutlass: Path, arch: str = "90a") -> list[str]:
     return [
-        "-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-w",
+        "-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-DNDEBUG", "-w",
         "-Xcompiler=-fPIC,-fvisibility=hidden,-w",
-        "-gencode=arch=compute_90a,code=sm_90a", f"-I{cutlass}",
+        f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{cutlass}",
     ]  # fmt: skip
 
 
 def compile_lowered(nvcc: str, source: Path, out: Path, options: list[str]) -> None:
-    """What nvcc would run, with another ptxas in front: nvcc itself looks into no inline assembly."""
-    extra = ["-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-include", str(HERE / "emulation.cuh")]
+    """What nvcc would run, with another ptxas in front: nvcc itself looks into no inline assembly. Where the
+    PTX is for sm_120a, what comes out is for sm_90a all the same."""
+    emulation = HERE / ("emulation_sm120.cuh" if source.parent.name == "sm120" else "emulation.cuh")
+    extra = ["-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-include", str(emulation)]
     with tempfile.TemporaryDirectory() as folder:
         shim, env = Path(folder), {**os.environ, "TMPDIR": folder}
         ptxas = shim / "ptxas"
@@ -48,6 +52,7 @@ def compile_lowered(nvcc: str, source: Path, out: Path, options: list[str]) -> N
         steps = [line.removeprefix("#$ ") for line in plan.splitlines() if line.startswith("#$ ")]
         steps = [re.sub(r"^(\w+)=(.*)$", lambda m: f"{m[1]}={shlex.quote(m[2])}", step) for step in steps]
         steps = [re.sub(r"^rm ", "rm -f ", step) for step in steps]
+        steps = [step.replace("kind=elf,sm=120a", "kind=elf,sm=90a") for step in steps]
         front = next(i for i, step in enumerate(steps) if step.startswith("PATH="))
         steps.insert(front + 1, f"PATH={shim}:$PATH")
         subprocess.run(["bash", "-e", "-c", "\n".join(steps)], check=True, cwd=folder, env=env)
@@ -59,8 +64,8 @@ def build(out: Path, what: str, nvcc: str, cuda: Path, cutlass: Path) -> Path:
 
     def compiled(source: Path) -> Path:
         to = objects / f"{source.stem}.o"
-        if source.stem.startswith("tile_"):
-            compile_lowered(nvcc, source, to, flags(cutlass))
+        if source.stem.startswith("tile"):
+            compile_lowered(nvcc, source, to, flags(cutlass, "120a" if "sm120" in what else "90a"))
         else:
             subprocess.run([nvcc, *flags(cutlass), "-c", source, "-o", to], check=True)
         return to
@@ -79,5 +84,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     from setup import CUDA_HOME, cutlass_include
 
-    out, what = sys.argv[1:]
-    print(build(Path(out).resolve(), what, f"{CUDA_HOME}/bin/nvcc", Path(CUDA_HOME), cutlass_include()))
+    out, *asked = sys.argv[1:]
+    for what in (name for name in SOURCES if not asked or name.endswith(tuple(asked))):
+        print(build(Path(out).resolve(), what, f"{CUDA_HOME}/bin/nvcc", Path(CUDA_HOME), cutlass_include()))

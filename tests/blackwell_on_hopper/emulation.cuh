@@ -150,21 +150,37 @@ extern "C" __device__ __noinline__ __attribute__((used)) void emulate_alloc(uint
 
 // Copies of a pair of CTAs (.cta_group::2) count at the barrier of the pair's leader, which Hopper cannot do
 // from the other CTA: there a copy counts at a barrier of its own; when it is complete, its bytes count at
-// the leader's. A multicast is a copy of one's own and stores to the other CTAs. A stage's copies come one
-// after the other.
+// the leader's. A multicast brings every CTA of `mask` the same bytes, in equal slices, one from each: it is
+// a copy of one's own and stores to the other CTAs, and counts in every pair it reaches, once a CTA. A
+// stage's copies come one after the other. `bytes`: of all slices.
 namespace emulation {
 __device__ inline uint32_t own_barrier() {
   __shared__ alignas(1024) uint64_t barrier[128];  // the kernel's own memory lies behind it, swizzled by 1024
   return static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
 }
+__device__ inline uint32_t slice(uint32_t bytes, uint32_t mask) { return bytes / max(__popc(mask), 1); }
+
+__device__ inline void copy_to(Cta other, uint32_t at, uint32_t bytes) {
+  for (uint32_t i = 0; i < bytes; i += 16) {
+    uint32_t x, y, z, w;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w)
+                 : "r"(at + i)
+                 : "memory");
+    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(other.shared(at + i)), "r"(x),
+                 "r"(y), "r"(z), "r"(w)
+                 : "memory");
+  }
+}
 }  // namespace emulation
 
-extern "C" __device__ __noinline__ __attribute__((used)) uint64_t emulate_copy_begin(uint32_t bytes) {
+extern "C" __device__ __noinline__ __attribute__((used)) uint64_t emulate_copy_begin(uint32_t bytes,
+                                                                                     uint32_t mask) {
   const uint32_t own = emulation::own_barrier();
   asm volatile(
       "mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster; fence.proxy.async;"
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(own),
-      "r"(bytes)
+      "r"(emulation::slice(bytes, mask))
       : "memory");
   return own;
 }
@@ -174,6 +190,7 @@ extern "C" __device__ __noinline__ __attribute__((used)) void emulate_copy_end(u
                                                                                uint32_t mask) {
   using emulation::Cta;
   const uint32_t own = emulation::own_barrier(), rank = Cta::own_rank();
+  bytes = emulation::slice(bytes, mask);
   uint32_t done = 0;
   while (!done)
     asm volatile(
@@ -182,19 +199,15 @@ extern "C" __device__ __noinline__ __attribute__((used)) void emulate_copy_end(u
         : "r"(own)
         : "memory");
   asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(own) : "memory");
-  uint32_t times = 1;
-  for (uint32_t other = 0; other < 16; ++other) {
-    if (!(mask >> other & 1) || other == rank) continue;
-    for (uint32_t i = 0; i < bytes; i += 4)
-      asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(Cta{other}.shared(to + i)),
-                   "r"(Cta{rank}.load(to + i))
-                   : "memory");
-    ++times;
-  }
-  __threadfence();
   const uint32_t here = (barrier & 0xffffffu) | (own & 0xff000000u);  // bits 24 and up name the CTA
-  asm volatile("mbarrier.complete_tx.relaxed.cluster.shared::cluster.b64 [%0], %1;" ::"r"(
-                   Cta{rank & ~1u}.shared(here)),
-               "r"(bytes * times)
-               : "memory");
+  mask = mask ? mask : 1u << rank;
+  for (uint32_t other = 0; other < 16; ++other) {
+    if (!(mask >> other & 1)) continue;
+    if (other != rank) emulation::copy_to(Cta{other}, to, bytes);
+    __threadfence();
+    asm volatile("mbarrier.complete_tx.relaxed.cluster.shared::cluster.b64 [%0], %1;" ::"r"(
+                     Cta{other & ~1u}.shared(here)),
+                 "r"(bytes)
+                 : "memory");
+  }
 }

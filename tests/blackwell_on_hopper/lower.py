@@ -124,13 +124,15 @@ class Copies:
         if not pair:
             assert not multicast, "multicast needs a pair of CTAs here"
             return halved(line(barrier), inner) if codes else line(barrier).replace("@", inner)
-        rows = self.pair_columns // 2 if second or multicast else 128
+        # of all CTAs of the mask together: an operand's rows of one CTA, but b's scales are the pair's
+        rows = 128 if not second and not multicast else self.pair_columns // (2 if codes else 1)
         size = str(rows * (128 if codes else 16))
         body = halved(line("own"), inner) if codes else line("own").replace("@", inner)
         where = "mov.b32 mask, 0;" if not mask else f"cvt.u32.u16 mask, {mask};"
         return "\n".join(
             [
-                "{ .reg .b32 own, mask; .reg .b64 at;", where, call("emulate_copy_begin", size, result="at"),
+                "{ .reg .b32 own, mask; .reg .b64 at;", where,
+                call("emulate_copy_begin", size, "mask", result="at"),
                 "cvt.u32.u64 own, at;", body, call("emulate_copy_end", to, barrier, size, "mask"), "}",
             ]
         )  # fmt: skip

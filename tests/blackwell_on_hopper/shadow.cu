@@ -1,25 +1,8 @@
 // The shadow executor in the place of every tile.
-#include "../../csrc/kernels/blackwell/shadow.h"
-#include "../../csrc/kernels/cuda/device.h"
 #include "../../csrc/kernels/sm100/tiles.h"
+#include "shadow.cuh"
 
 namespace nvfp4::blackwell {
-
-static __global__ void shadow(Groups g, Epilogue epilogue, int64_t E) {
-  const int64_t thread = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  for (int64_t e = 0; e < E; ++e) {
-    const int N = cute::get<0>(g.shape[e]);
-    const int64_t values = static_cast<int64_t>(N) * cute::get<1>(g.shape[e]);
-    for (int64_t i = thread; i < values; i += static_cast<int64_t>(gridDim.x) * blockDim.x)
-      shadow_value(g, epilogue, e, static_cast<int>(i % N), static_cast<int>(i / N));
-  }
-}
-
-static int64_t no_workspace(const Launch&) { return 0; }
-static void run(const Launch& l, cudaStream_t stream) {
-  shadow<<<264, 256, 0, stream>>>(l.groups, l.epilogue, l.E);
-  CUDA_CHECK(cudaGetLastError());
-}
 
 template <>
 Kernel kernel<64, 1>() {
@@ -35,6 +18,10 @@ Kernel kernel<256, 1>() {
 }
 template <>
 Kernel kernel<256, 2>() {
+  return {no_workspace, run};
+}
+template <>
+Kernel kernel<256, 2, 4>() {
   return {no_workspace, run};
 }
 

@@ -6,17 +6,21 @@ import os
 
 import pytest
 import torch
-from cases import lively, ragged_offsets, random_sf, random_weights
+from cases import epilogue_steps, lively, ragged_offsets, random_sf, random_weights
 from compare import assert_close_layers, assert_gemm, assert_same_bits
 from test_gemm import check_groups
 
 from nvfp4_moe import formats, ops, reference
 
 LIBRARY = os.environ.get("BLACKWELL_LIBRARY")
-TILES = ["128x64", "128x128", "128x256", "256x256 on two SMs"]
+TILES = ["128x64", "128x128", "128x256", "256x256 on two SMs", "two of them in a cluster"]
 # R, N, K, E: one value; ragged in every direction; many experts and empty ones; more than an atom of scales,
 # more than a stage of K (256) and several tiles of N
 SHAPES = [(1, 8, 32, 1), (70, 136, 96, 3), (37, 264, 288, 16), (300, 136, 544, 2), (600, 520, 256, 2)]
+SM120 = bool(LIBRARY and "sm120" in LIBRARY)
+if SM120:
+    TILES = ["128x32", "128x64", "128x128"]
+    SHAPES += [(700, 4104, 96, 5), (300, 4104, 608, 40), (33, 264, 2880, 3)]  # many tiles, many stages
 
 pytestmark = [
     pytest.mark.gpu,
@@ -116,6 +120,29 @@ def test_one_hot_activations_give_the_weights_back_bit_for_bit(tile):
     assert torch.equal(got.T, reference.dequantize(w.b[0], sf[0], torch.ones(()), torch.bfloat16))
 
 
+def test_every_step_of_the_epilogue_is_rounded_in_the_contracts_order(tile):
+    for a, w, offsets, bias, want in epilogue_steps():
+        assert torch.equal(run(a, w, offsets, bias), want)
+
+
+def test_a_nan_scale_reaches_its_own_row_of_weights_only(tile):
+    w, a = random_weights(2, 40, 96), quantized(20, 96)
+    w.sf.view(torch.uint8)[1, 7, 5] = 0x7F
+    got = check(a, w, torch.tensor([0, 9, 20], dtype=torch.int32))
+    assert got.isnan().sum() == 11
+
+
+@pytest.mark.skipif(not SM120, reason="CUTLASS multiplies what the padding holds")
+@pytest.mark.parametrize("beyond", ["rows", "columns"])
+def test_nan_in_the_padding_of_the_scales_changes_nothing(beyond, tile):
+    w, a, offsets = random_weights(2, 136, 352), quantized(40, 352), ragged_offsets(40, 2)
+    sf = w.b_sf
+    row, column = formats.sf_coord(torch.arange(sf.shape[1]), 22)
+    sf.view(torch.uint8)[:, row >= 136 if beyond == "rows" else column >= 22] = 0x7F
+    args = (*a, w.b, sf, w.alpha, offsets)
+    assert_same_bits(ops.grouped_gemm(*(t.cuda() for t in args)).cpu(), run(a, w, offsets))
+
+
 def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(tile):
     w, a, offsets = (
         random_weights(2, 72, 288),
@@ -173,7 +200,7 @@ def test_the_model_picks_a_tile_by_itself(chip):
     for R in (4, 400):
         check(quantized(R, 96), random_weights(2, 136, 96), ragged_offsets(R, 2))
     assert calls.value == before + 2
-    assert "128x64" in ops.gemm_plan(4, 4096, 4096, 8, "nvfp4")
+    assert TILES[0] in ops.gemm_plan(4, 4096, 4096, 8, "nvfp4")
 
 
 def test_what_it_does_not_take_goes_to_the_kernel_of_every_chip(chip):

@@ -7,6 +7,7 @@ extern "C" {
 int tiles() { return static_cast<int>(std::size(kTiles)); }
 int tokens(int tile) { return kTiles[tile].tokens; }
 int sms(int tile) { return kTiles[tile].sms; }
+int cluster(int tile) { return kTiles[tile].cluster; }
 int chosen(int64_t R, int64_t N, int64_t K, int64_t E) { return choose(R, N, K, E); }
 double cycles(int tile, int64_t R, int64_t N, int64_t K, int64_t E) {
   return estimate(kTiles[tile], R, N, K, E).cycles;

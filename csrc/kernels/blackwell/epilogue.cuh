@@ -1,5 +1,7 @@
 // The contract's epilogue as a node of CUTLASS's visitor tree: no source, no shared memory, no state.
 #pragma once
+#include <cutlass/numeric_conversion.h>
+
 #include <cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp>
 
 #include "groups.h"

@@ -9,6 +9,7 @@
 #include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
+#include "../cuda/device.h"
 #include "epilogue.cuh"
 #include "launch.h"
 
@@ -23,6 +24,7 @@ struct Cutlass {
   using Class = cutlass::arch::OpClassBlockScaledTensorOp;
   using D = cutlass::layout::ColumnMajor*;
   static constexpr int kAlign = 32, kAlignD = 8;  // 16 bytes, what the copy engine wants of a row
+  static constexpr unsigned kCluster = cute::size(typename Chip::Cluster{});
 
   using End = typename cutlass::epilogue::collective::CollectiveBuilder<
       Arch, Class, typename Chip::Mma, typename Chip::Cluster,
@@ -69,9 +71,33 @@ struct Cutlass {
     return static_cast<int64_t>(Gemm::get_workspace_size(arguments(l)));
   }
 
+  // That run at once: the SMs of a cluster lie in one GPC, and a grid of more clusters than find room would
+  // take another whole round for the last of them. Of the first device; wrong elsewhere, it costs time only.
+  static int resident_clusters() {
+    static const int most = [] {
+      cudaLaunchAttribute cluster{};
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {kCluster, 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(kCluster);
+      config.blockDim = Kernel::get_block_shape();
+      config.dynamicSmemBytes = Kernel::SharedStorageSize;
+      config.attrs = &cluster, config.numAttrs = 1;
+      const auto* kernel = reinterpret_cast<const void*>(cutlass::device_kernel<Kernel>);
+      CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      Kernel::SharedStorageSize));
+      int found = 0;
+      CUDA_CHECK(cudaOccupancyMaxActiveClusters(&found, kernel, &config));
+      return found;
+    }();
+    return most;
+  }
+
   static void run(const Launch& l, cudaStream_t stream) {
     Gemm gemm;
-    cutlass::Status status = gemm.initialize(arguments(l), l.workspace, stream);
+    auto args = arguments(l);
+    args.hw_info.max_active_clusters = resident_clusters();
+    cutlass::Status status = gemm.initialize(args, l.workspace, stream);
     if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
     if (status != cutlass::Status::kSuccess)
       throw std::runtime_error(std::string("nvfp4: grouped_gemm on Blackwell: CUTLASS says ") +

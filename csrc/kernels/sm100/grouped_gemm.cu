@@ -5,7 +5,8 @@
 
 namespace nvfp4::blackwell {
 
-static const Kernel kernels[] = {kernel<64, 1>(), kernel<128, 1>(), kernel<256, 1>(), kernel<256, 2>()};
+static const Kernel kernels[] = {kernel<64, 1>(), kernel<128, 1>(), kernel<256, 1>(), kernel<256, 2>(),
+                                 kernel<256, 2, 4>()};
 static_assert(std::size(kernels) == std::size(kTiles));
 
 bool takes(const GemmParams& p) { return has_block_scaled_operands(p); }

@@ -7,7 +7,7 @@
 namespace nvfp4::blackwell {
 
 // Specialised in a file of its own for every tile: a minute of compiler time each.
-template <int kTokens, int kSms>
+template <int kTokens, int kSms, int kCluster = kSms>
 Kernel kernel();
 
 }  // namespace nvfp4::blackwell
