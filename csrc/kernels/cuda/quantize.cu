@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(bool early, Quantize
     const int64_t b = first + i * kThreads;
     if (b >= blocks) return;
     const float scale = p.scale[p.per_row ? divide(b, S) : 0];
-    p.sf[b] = quantize_block(block[i], largest(block[i]), scale, p.packed + b * 8);
+    p.sf[b] = quantize_block(block[i], largest(block[i]), scale, false, p.packed + b * 8);
   }
 }
 
