@@ -1,5 +1,5 @@
-"""The machine code of the libraries: for exactly the architectures claimed, nothing kept in local memory, with
-the instructions that the tile table promises."""
+"""The machine code of the libraries: for exactly the architectures claimed, nothing in local memory, with the
+instructions that the tile table promises."""
 
 import importlib.util
 import os
