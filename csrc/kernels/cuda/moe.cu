@@ -138,8 +138,8 @@ struct ActivatedRows {
   struct Row {
     const ActivatedRows& rows;
     const bf16* gate;
-    __device__ Gated<act, kBlock> load(int64_t s) const {
-      return {gate + s * kBlock, rows.p.I, rows.aligned};
+    __device__ Gated<act, kBlock> load(int k) const {
+      return {gate + static_cast<int64_t>(k) * blockDim.x * kBlock, rows.p.I, rows.aligned};
     }
     __device__ Block<bf16> block(const Raw& x) const {
       Block<bf16> b;
@@ -147,7 +147,7 @@ struct ActivatedRows {
       return b;
     }
   };
-  __device__ Row row(int64_t r) const { return {*this, gate_of<act>(p, r)}; }
+  __device__ Row row(int64_t r) const { return {*this, gate_of<act>(p, r) + column(0) * kBlock}; }
 };
 
 // ---- combine --------------------------------------------------------------------------------------

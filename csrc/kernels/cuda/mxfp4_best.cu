@@ -9,21 +9,19 @@ __device__ double lane_sum(double x) {
   return x;
 }
 
-// The candidates in turn: the powers of two, which keep what is inside their window and so lose little; then
-// the others, that change every block, each until it has lost more than the best power did.
+// The candidates in turn: first the largest power of two that keeps the topmost exponents, which loses little
+// as a rule; then the others, each until it has lost more than that one did.
 struct Candidates {
   int first, count;
 
   __device__ int matrix(unsigned which) const { return static_cast<int>(which) / count; }
   __device__ int of(unsigned which) const { return first + static_cast<int>(which) % count; }
 };
-constexpr Candidates kPowers{0, 4}, kOthers{4, kCandidates - 4};
+constexpr Candidates kFirst{0, 1}, kOthers{1, kCandidates - 1};
 
-// A sum beyond it is no least one, in whatever order it was taken.
+// A sum beyond it is not the least, in whatever order it was taken.
 __device__ double enough(const Work& work, Candidates some) {
-  double least = 1e300;
-  for (int i = 0; i < some.first; ++i) least = min(least, work.errors[i]);
-  return least * (1 + 0x1p-20);
+  return some.first == 0 ? 1e300 : work.errors[0] * (1 + 0x1p-20);
 }
 
 // errors[e][i][row]: numbers.lane_sum over the row's half blocks; their sum, in any order, in work. CTAs of a
@@ -72,7 +70,7 @@ __global__ void sum_errors(Mxfp4Params p, Work* work, const double* errors, Cand
 }  // namespace
 
 void sum_candidates(const Mxfp4Params& p, Work* work, double* errors, cudaStream_t stream) {
-  for (const Candidates some : {kPowers, kOthers}) {
+  for (const Candidates some : {kFirst, kOthers}) {
     const unsigned sums = static_cast<unsigned>(p.E) * some.count, ctas = 1 + 8 * sm_count() / sums;
     sum_row_errors<<<sums * ctas, kThreads, 0, stream>>>(p, work, errors, some, ctas);
     sum_errors<<<sums, 32, 0, stream>>>(p, work, errors, some);

@@ -199,7 +199,8 @@ __device__ inline uint32_t codes_in_pairs(const Block<bf16>& b, int h, const Rec
   uint32_t code[4];  // in bytes 0 and 2
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const __nv_bfloat162 x = __habs2(reinterpret_cast<const __nv_bfloat162&>(b.word[4 * h + i]));
+    const uint32_t magnitude = b.word[4 * h + i] & 0x7fff7fffu;  // __habs2 would burden the other pipe
+    const __nv_bfloat162 x = reinterpret_cast<const __nv_bfloat162&>(magnitude);
     const __nv_bfloat162 a = __hfma2(x, r.high, __hmul2(x, r.low));
     const __nv_bfloat162 c[3] = {__hfma2(a, pair_of(2), pair_of(128)), __hadd2(a, pair_of(130)),
                                  __hfma2(a, pair_of(204.0f / 2048), pair_of(134))};
@@ -287,20 +288,23 @@ struct QuantizedRows {  // R rows of S blocks
   SfGroups groups;
 };
 
-// Where a row's scales go: four columns together, and `stride` bytes on to the next four.
-struct SfPlace {
-  uint8_t* first;  // null: nowhere, no expert has the row
-  int stride;
+// A row's threads share its blocks: thread t has blocks t, t + blockDim.x, .. What follows points at its
+// first one; the k-th is k steps on.
+__device__ inline int column(int k) { return static_cast<int>(threadIdx.x + k * blockDim.x); }
 
-  __device__ void store(int s, uint8_t byte) const {
-    if (first) first[(s >> 2) * stride + (s & 3)] = byte;
+struct SfPlace {   // where a thread's scales go
+  uint8_t* first;  // null: nowhere, no expert has the row
+  int step;
+
+  __device__ void store(int k, uint8_t byte) const {
+    if (first) first[static_cast<int64_t>(k) * step] = byte;
   }
 };
 
 // Every warp of a row finds it by itself: the atoms of the experts that end before the row, and which row of
 // its own expert it is.
 __device__ inline SfPlace sf_place(const QuantizedRows& out, int64_t r) {
-  if (!out.groups.offsets) return {out.sf + r * out.S, 4};
+  if (!out.groups.offsets) return {out.sf + r * out.S + column(0), column(1) - column(0)};
   int atoms = 0, local = -1;
   const auto bounded = [&](int32_t x, int64_t least) {
     return static_cast<int>(x < least ? least : x < out.R ? x : out.R);
@@ -315,7 +319,8 @@ __device__ inline SfPlace sf_place(const QuantizedRows& out, int64_t r) {
   const SfLayout layout{1, out.S};
   const int64_t atom = atoms + local / 128;
   if (local < 0 || atom >= SfGroups::atom_rows(out.R, out.groups.E)) return {nullptr, 0};
-  return {out.sf + atom * layout.cosize() + layout.offset(local % 128, 0), SfLayout::kAtom};
+  return {out.sf + atom * layout.cosize() + layout.offset(local % 128, column(0)),
+          (column(1) - column(0)) / SfLayout::kAtomCols * SfLayout::kAtom};
 }
 
 // The largest of a row's `top`s; a row has blockDim.x threads, whole warps.
@@ -331,47 +336,55 @@ __device__ inline uint32_t row_max(uint32_t top) {
 
 constexpr int kMostHeld = 4;
 constexpr int kMostThreads = 448;
-// A thread takes blocks threadIdx.x, + blockDim.x, ... of its row. It holds the first kHeld between the two
-// passes over them; with kMostHeld more may follow, and those it reads twice.
+// CTAs on an SM that bound the registers; 0: the compiler's choice, which on sm_100 would spill two of them.
+#if __CUDA_ARCH__ == 1000
 template <int kHeld, class Source>
-__global__ void __launch_bounds__(kMostThreads, kHeld == 1 && !Source::kCheap ? 2 : 0)
+constexpr int kFewestCtas = kHeld == 1 && !Source::kCheap ? 2 : 0;
+#else
+template <int kHeld, class Source>
+constexpr int kFewestCtas = 0;
+#endif
+
+// A thread holds the first kHeld of its blocks between the two passes over them; with kMostHeld more may
+// follow, and those it reads twice.
+template <int kHeld, class Source>
+__global__ void __launch_bounds__(kMostThreads, kFewestCtas<kHeld, Source>)
     quantize_rows_kernel(bool early, Source source, QuantizedRows out) {
   start(early);
   const int64_t mine = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t r = min(mine, out.R - 1);  // threads beyond the last row repeat it: a barrier wants everybody
-  const int beyond = kHeld == kMostHeld ? threadIdx.x + kHeld * blockDim.x : out.S;
+  const auto has = [&](int k) { return column(k) < out.S && (k < kHeld || kHeld == kMostHeld); };
   const auto row = source.row(r);
   typename Source::Raw raw[kHeld];
   decltype(row.block(raw[0])) held[kHeld];
   uint32_t tops[kHeld], top = 0;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i)  // all loads first
-    if (const int s = threadIdx.x + i * blockDim.x; s < out.S) raw[i] = row.load(s);
+  for (int k = 0; k < kHeld; ++k)  // all loads first
+    if (has(k)) raw[k] = row.load(k);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int s = threadIdx.x + i * blockDim.x;
-    if (s >= out.S) break;
-    held[i] = row.block(raw[i]);
-    tops[i] = largest(held[i]);
-    top = max(top, largest_finite(held[i], tops[i]));
+  for (int k = 0; k < kHeld && has(k); ++k) {
+    held[k] = row.block(raw[k]);
+    tops[k] = largest(held[k]);
+    top = max(top, largest_finite(held[k], tops[k]));
   }
-  for (int s = beyond; s < out.S; s += blockDim.x) {
-    const auto b = row.block(row.load(s));
+  for (int k = kHeld; has(k); ++k) {
+    const auto b = row.block(row.load(k));
     top = max(top, largest_finite(b, largest(b)));
   }
   const RowScale scale(row_scale(float_of(row_max(top))));
   if (threadIdx.x == 0) out.scale[r] = scale.scale;
 
   const SfPlace place = sf_place(out, r);
-  const auto finish = [&](const auto& b, uint32_t top, int s) {
-    place.store(s, quantize_block(b, top, scale, out.packed + (r * out.S + s) * 8));
+  uint8_t* packed = out.packed + (r * out.S + column(0)) * 8;
+  const auto finish = [&](const auto& b, uint32_t top, int k) {
+    place.store(k, quantize_block(b, top, scale, packed + static_cast<int64_t>(k) * blockDim.x * 8));
   };
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i)
-    if (const int s = threadIdx.x + i * blockDim.x; s < out.S) finish(held[i], tops[i], s);
-  for (int s = beyond; s < out.S; s += blockDim.x) {
-    const auto b = row.block(row.load(s));
-    finish(b, largest(b), s);
+  for (int k = 0; k < kHeld; ++k)
+    if (has(k)) finish(held[k], tops[k], k);
+  for (int k = kHeld; has(k); ++k) {
+    const auto b = row.block(row.load(k));
+    finish(b, largest(b), k);
   }
 }
 
