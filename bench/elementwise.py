@@ -141,7 +141,7 @@ def measure_bandwidth(R: int, K: int) -> list[dict]:
     for name, moved, run, make, others in bandwidth_cases(R, K):
         inputs = [make() for _ in range(copies_for(moved))]
         beside = peers_of((), inputs, **others)
-        # an H200 copies 601,882,624 bytes at 2.7 TB/s, and 128 KiB more at 4.2: of two sizes the faster counts
+        # an H200 copies 601,882,624 bytes at 2.7 TB/s and 128 KiB more at 4.2: the faster of two counts
         copies = {"copy": copy_of(moved), "copy of more": copy_of(moved + (1 << 18))}
         runs = {"us": (lambda a, run=run: run(*a), inputs), **copies}
         times = replay_microseconds(runs | {n: r for n, r in beside.items() if not isinstance(r, str)})

@@ -26,7 +26,7 @@ __device__ double enough(const Work& work, Candidates some) {
 
 // errors[e][i][row]: numbers.lane_sum over the row's half blocks; their sum, in any order, in work. CTAs of a
 // matrix and candidate take its rows in turn; a warp has a row.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     sum_row_errors(Mxfp4Params p, Work* work, double* errors, Candidates some, unsigned ctas) {
   __shared__ ErrorTable table;
   const int which = blockIdx.x / ctas, e = some.matrix(which), i = some.of(which), lane = threadIdx.x % 32;

@@ -336,12 +336,13 @@ __device__ inline uint32_t row_max(uint32_t top) {
 
 constexpr int kMostHeld = 4;
 constexpr int kMostThreads = 448;
-// CTAs on an SM that bound the registers; 0: the compiler's choice, which on sm_100 would spill two of them.
+// CTAs on an SM that bound the registers; 0: the compiler's choice, which spills a few bytes on two chips.
+template <int kHeld, class Source>
 #if __CUDA_ARCH__ == 1000
-template <int kHeld, class Source>
 constexpr int kFewestCtas = kHeld == 1 && !Source::kCheap ? 2 : 0;
+#elif __CUDA_ARCH__ == 1200
+constexpr int kFewestCtas = kHeld == kMostHeld && Source::kCheap ? 1 : 0;
 #else
-template <int kHeld, class Source>
 constexpr int kFewestCtas = 0;
 #endif
 
