@@ -1,10 +1,11 @@
-"""The GPU's small kernels: bandwidth beside a measured copy, routing in us, torch.compile beside both.
+"""The GPU's small kernels: bandwidth beside a measured copy, routing in us; torch.compile and vLLM beside.
 
 Bandwidth: one operator a CUDA graph replay, the graph's launch (about 4 us) included; the median of replays,
 each on another of several copies of the inputs, together beyond 4 x L2. Bytes are those the operator must
-read and write; % of copy: against torch's device-to-device copy that moves as many, in the same run.
-Routing: 20 in a graph, divided by 20; beside it a graph of one, and of one tiny kernel, launch and events
-included. torch.compile: the same result's formula written in PyTorch and compiled; n/a where there is none.
+read and write; % of copy: against torch's device-to-device copy that moves as many. Operator, copy and peers
+take turns, so that all meet the same clocks. Routing: 20 in a graph, divided by 20; beside it a graph of one,
+and of one tiny kernel, launch and events included. Peers (peers_elementwise.py): the same result's formula
+written in PyTorch and compiled; vLLM's kernel where its libraries are on the path; n/a where there is none.
 """
 
 import argparse
@@ -15,37 +16,44 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import peers_elementwise as peers
 import torch
 from cases import MODELS
-from torch import Tensor
 
 from nvfp4_moe import ops
 
-BLOCK, REPLAYS = 16, 30
+BLOCK, WARM_UPS, REPLAYS = 16, 5, 30
+Run = tuple[Callable[[tuple], object], list[tuple]]  # a call and the input sets that its replays walk
 
 
-def replay_microseconds(run: Callable[[tuple], object], inputs: list[tuple]) -> float:
-    """Median over replays of one graph an input set; the sets are walked in turn, so each finds a cold L2."""
-    stream = torch.cuda.Stream()
+def graphs_of(run: Callable[[tuple], object], inputs: list[tuple], stream) -> list[torch.cuda.CUDAGraph]:
+    """One an input set, so that each replay finds a cold L2."""
     graphs = []
-    with torch.cuda.stream(stream):
-        for args in inputs:
+    for args in inputs:
+        run(args)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
             run(args)
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                run(args)
-            graphs.append(graph)
-        times = []
-        for i in range(3 + REPLAYS):
-            graph = graphs[i % len(graphs)]
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times[3:])
+        graphs.append(graph)
+    return graphs
+
+
+def replay_microseconds(runs: dict[str, Run]) -> dict[str, float]:
+    """Medians over replays, taken in turns."""
+    stream = torch.cuda.Stream()
+    times = {name: [] for name in runs}
+    with torch.cuda.stream(stream):
+        graphs = {name: graphs_of(*run, stream) for name, run in runs.items()}
+        for i in range(WARM_UPS + REPLAYS):
+            for name, its in graphs.items():
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                its[i % len(its)].replay()
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end) * 1e3)
+    return {name: statistics.median(t[WARM_UPS:]) for name, t in times.items()}
 
 
 def copies_for(size: int) -> int:
@@ -54,72 +62,63 @@ def copies_for(size: int) -> int:
     return max(2, min(16, -(-4 * l2 // max(size, 1))))
 
 
-def copy_microseconds(size: int) -> float:
+def copy_of(size: int) -> Run:
     half = size // 2  # a copy of n bytes moves 2 n
     noise = lambda: torch.randint(256, (half,), dtype=torch.uint8, device="cuda")  # noqa: E731
-    return replay_microseconds(
-        lambda a: a[1].copy_(a[0]), [(noise(), noise()) for _ in range(copies_for(half))]
-    )
+    return lambda a: a[1].copy_(a[0]), [(noise(), noise()) for _ in range(copies_for(half))]
 
 
-# ---- what PyTorch would do, for the compiler ------------------------------------------------------------
-
-
-def torch_swiglu(x: Tensor) -> Tensor:
-    gate, up = x.float().chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up).bfloat16()
-
-
-def torch_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = x.float().unflatten(-1, (-1, BLOCK))
-    scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax((-1, -2)) / 2688)))
-    sf = (blocks.abs().amax(-1) / (6 * scale[:, None])).clamp(2.0**-9, 448).to(torch.float8_e4m3fn)
-    v = blocks / (sf.float() * scale[:, None])[..., None]
-    a = v.abs()
-    code = (a > 0.25).int() + (a >= 0.75) + (a > 1.25) + (a >= 1.75) + (a > 2.5) + (a >= 3.5) + (a > 5)
-    code = (code + 8 * torch.signbit(v)).to(torch.uint8).flatten(-2)
-    return code[..., ::2] | code[..., 1::2] << 4, sf, scale
-
-
-def torch_combine(y: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    return (y[slots.long()].float() * weights[..., None]).sum(1).bfloat16()
-
-
-def torch_route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    weights, ids = logits.softmax(-1).topk(k)
-    return weights / weights.sum(-1, keepdim=True), ids
+def peers_of(call: tuple, inputs: list[tuple], compiled=None, vllm=None) -> dict[str, Run | str]:
+    """The peers that can be called, and why the others cannot."""
+    found: dict[str, Run | str] = {}
+    if compiled:
+        torch._dynamo.reset()  # one function at many shapes would meet the recompile limit
+        f = torch.compile(compiled, fullgraph=True, dynamic=False)
+        found["torch.compile"] = (lambda a: f(*a, *call), inputs)
+    if vllm:
+        try:
+            vllm(*inputs[0], *call)
+            found["vLLM"] = (lambda a: vllm(*a, *call), inputs)
+        except Exception as error:  # a peer must not stop ours
+            found["vLLM"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return found
 
 
 # ---- the subjects ---------------------------------------------------------------------------------------
 
 
 def bandwidth_cases(R: int, K: int):
-    """name, bytes moved, operator, compiled peer or None, maker of one input set; x is [R, K]."""
+    """name, bytes moved, operator, maker of one input set, peers; x is [R, K]."""
     bf16 = lambda *shape: torch.randn(shape, device="cuda").bfloat16()  # noqa: E731
     x, packed, sf = 2 * R * K, R * K // 2, R * K // BLOCK
-    quantized = lambda: ops.quantize_rows(bf16(R, K))  # noqa: E731
+    rows = lambda: (bf16(R, K),)  # noqa: E731
     one = torch.tensor(0.01, device="cuda")
-    yield "quantize", x + packed + sf, lambda a: ops.quantize(*a), None, lambda: (bf16(R, K), one)
-    rows = x + packed + sf + 4 * R
-    yield "quantize_rows", rows, lambda a: ops.quantize_rows(*a), torch_quantize_rows, lambda: (bf16(R, K),)
-    yield "swiglu", x + x // 2, lambda a: ops.swiglu(*a), torch_swiglu, lambda: (bf16(R, K),)
-    hidden = x + (packed + sf) // 2 + 4 * R
-    swiglu_rows = lambda x: torch_quantize_rows(torch_swiglu(x))  # noqa: E731
-    yield "swiglu_quantize", hidden, lambda a: ops.swiglu_quantize(*a), swiglu_rows, lambda: (bf16(R, K),)
-    clamped = lambda a: ops.swiglu_quantize(*a, "swiglu_limit", 1.0, 7.0)  # noqa: E731
-    yield "  swiglu_limit", hidden, clamped, None, lambda: (bf16(R, K),)
-    bytes_ = x + packed + sf + 4 * R
-    yield "dequantize", bytes_, lambda a: ops.dequantize(*a, torch.bfloat16), None, quantized
+    yield "quantize", x + packed + sf, ops.quantize, lambda: (bf16(R, K), one), {"compiled": peers.quantize}
+    moved = x + packed + sf + 4 * R
+    yield "quantize_rows", moved, ops.quantize_rows, rows, {"compiled": peers.quantize_rows}
+    swiglu = {"compiled": peers.swiglu, "vllm": peers.vllm_swiglu}
+    yield "swiglu", x + x // 2, ops.swiglu, rows, swiglu
+    moved = x + (packed + sf) // 2 + 4 * R
+    yield "swiglu_quantize", moved, ops.swiglu_quantize, rows, {"compiled": peers.swiglu_quantize}
+    limit = lambda x: ops.swiglu_quantize(x, "swiglu_limit", 1.0, 7.0)  # noqa: E731
+    yield "  swiglu_limit", moved, limit, rows, {"compiled": peers.swiglu_limit_quantize}
+    oai = lambda x: ops.swiglu_quantize(x, "swiglu_oai", 1.702, 7.0)  # noqa: E731
+    yield "  swiglu_oai", moved, oai, rows, {}
+    dequantize = lambda *a: ops.dequantize(*a, torch.bfloat16)  # noqa: E731
+    quantized = lambda: ops.quantize_rows(bf16(R, K))  # noqa: E731
+    moved = x + packed + sf + 4 * R
+    yield "dequantize", moved, dequantize, quantized, {"compiled": peers.dequantize}
     columns, E = K // BLOCK, 32
     scales = lambda: torch.randint(1, 127, (E, R, columns), dtype=torch.uint8, device="cuda")  # noqa: E731
     remap = lambda: (scales().view(torch.float8_e4m3fn),)  # noqa: E731
-    yield "remap_sf", 2 * E * sf, lambda a: ops.remap_sf(*a), None, remap
+    yield "remap_sf", 2 * E * sf, ops.remap_sf, remap, {"compiled": peers.remap_sf}
     yield from pack_cases(R, K)
     yield from mxfp4_cases(R, K)
     T, k = R // 8, 8
     slots = lambda: torch.randperm(R, device="cuda", dtype=torch.int32).view(T, k)  # noqa: E731
     combine = lambda: (bf16(R, K), slots(), torch.rand(T, k, device="cuda"))  # noqa: E731
-    yield "combine", x + x // k + 8 * R, lambda a: ops.combine(*a), torch_combine, combine
+    combined = {"compiled": peers.combine, "vllm": peers.vllm_combine}
+    yield "combine", x + x // k + 8 * R, ops.combine, combine, combined
 
 
 def pack_cases(R: int, K: int, E: int = 16):
@@ -130,67 +129,73 @@ def pack_cases(R: int, K: int, E: int = 16):
     public = lambda: (codes(), ops.remap_sf(scales().view(torch.float8_e4m3fn)))  # noqa: E731
     packed = lambda: (ops.pack_sm90(*public()), K)  # noqa: E731
     moved = R * K * 9 // 8
-    yield "pack_sm90", moved, lambda a: ops.pack_sm90(*a), None, public
-    yield "unpack_sm90", moved, lambda a: ops.unpack_sm90(*a), None, packed
+    yield "pack_sm90", moved, ops.pack_sm90, public, {}
+    yield "unpack_sm90", moved, ops.unpack_sm90, packed, {}
 
 
 def mxfp4_cases(R: int, K: int, E: int = 16):
-    """E matrices whose exponents span 12: nothing is lost but by `requantize`."""
+    """E matrices whose exponents span 12: nothing is lost but by `requantize`; and 30, beyond the window."""
     u8 = {"dtype": torch.uint8, "device": "cuda"}
-    codes = lambda: torch.randint(256, (E, R // E, K // 2), **u8)  # noqa: E731
-    e8m0 = lambda: torch.randint(110, 122, (E, R // E, K // 32), **u8)  # noqa: E731
     moved = R * K * (17 + 18) // 32
-    for method in ("best", "requantize"):
-        run = lambda a, m=method: ops.mxfp4_to_nvfp4(*a, m)  # noqa: E731
-        yield f"mxfp4 {method}", moved, run, None, lambda: (codes(), e8m0())
+
+    def make(spread):
+        codes = torch.randint(256, (E, R // E, K // 2), **u8)
+        return codes, torch.randint(110, 110 + spread, (E, R // E, K // 32), **u8)
+
+    for method, spread in (("best", 12), ("requantize", 12), ("best", 30)):
+        run = lambda *a, m=method: ops.mxfp4_to_nvfp4(*a, m)  # noqa: E731
+        peer = {"compiled": peers.mxfp4_lossless} if (method, spread) == ("best", 12) else {}
+        name = f"mxfp4 {method}" + ("" if spread == 12 else " wide")
+        yield name, moved, run, lambda n=spread: make(n), peer
 
 
 def measure_bandwidth(R: int, K: int) -> list[dict]:
     results = []
-    for name, moved, run, peer, make in bandwidth_cases(R, K):
+    for name, moved, run, make, others in bandwidth_cases(R, K):
         inputs = [make() for _ in range(copies_for(moved))]
-        row = {"op": name, "shape": f"[{R}, {K}]", "bytes": moved, "us": replay_microseconds(run, inputs)}
-        row["copy_us"] = copy_microseconds(moved)
-        if peer:
-            torch._dynamo.reset()  # one function at many shapes would meet the recompile limit
-            compiled = torch.compile(peer, fullgraph=True, dynamic=False)
-            row["peer_us"] = replay_microseconds(lambda a, f=compiled: f(*a), inputs)
-        results.append(row)
-        del inputs
+        beside = peers_of((), inputs, **others)
+        # an H200 copies 601,882,624 bytes at 2.7 TB/s and 128 KiB more at 4.2: the faster of two counts
+        copies = {"copy": copy_of(moved), "copy of more": copy_of(moved + (1 << 18))}
+        runs = {"us": (lambda a, run=run: run(*a), inputs), **copies}
+        times = replay_microseconds(runs | {n: r for n, r in beside.items() if not isinstance(r, str)})
+        times["copy"] = min(times["copy"], times.pop("copy of more"))
+        why = {n: r for n, r in beside.items() if isinstance(r, str)}
+        results.append({"op": name, "shape": f"[{R}, {K}]", "bytes": moved, **times, "missing": why})
+        del inputs, beside, runs, copies
         torch.cuda.empty_cache()
     return results
 
 
-def in_a_row_microseconds(run: Callable[[tuple], object], inputs: list[tuple], times: int = 20) -> float:
-    """Of one call, in a graph that holds `times` of them one after another, as a model's layers would."""
+def in_a_row(run: Callable[[tuple], object], inputs: list[tuple], times: int = 20) -> Run:
+    """A graph that holds `times` calls one after another, as a model's layers would."""
 
     def chain(_):
         for i in range(times):
             run(inputs[i % len(inputs)])
 
-    return replay_microseconds(chain, [()]) / times
+    return chain, [()]
 
 
-def measure_routing() -> list[dict]:
+def measure_routing(times: int = 20) -> list[dict]:
     results = []
     shapes = [(T, m.experts, m.top_k) for m in MODELS for T in (1, 64)] + [(64, 384, 6), (16384, 384, 6)]
     for T, E, k in shapes:
         inputs = [(torch.randn(T, E, device="cuda"),) for _ in range(4)]
-
-        def both(a, E=E, k=k):
-            return ops.permute(ops.route(a[0], None, k)[1], E, 0)
-
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda x, k=k: torch_route(x, k), fullgraph=True, dynamic=False)
+        both = lambda a, E=E, k=k: ops.permute(ops.route(a[0], None, k)[1], E, 0)  # noqa: E731
+        rows = {"us": both, "route": lambda a, k=k: ops.route(a[0], None, k)}
+        beside = peers_of((k,), inputs, peers.route, peers.vllm_route)
+        aligned = peers_of((k,), inputs, None, peers.vllm_route_and_align)
+        beside |= {f"{name} both": run for name, run in aligned.items()}
+        rows |= {n: r[0] for n, r in beside.items() if not isinstance(r, str)}
+        in_rows = replay_microseconds({n: in_a_row(run, inputs, times) for n, run in rows.items()})
+        one = {"alone": (both, inputs), "tiny": (lambda a: a[0].view(-1)[:1].add_(0), inputs)}
         results.append(
             {
                 "op": "route + permute",
                 "shape": f"T={T} E={E} k={k}",
-                "us": in_a_row_microseconds(both, inputs),
-                "route_us": in_a_row_microseconds(lambda a, k=k: ops.route(a[0], None, k), inputs),
-                "alone_us": replay_microseconds(both, inputs),
-                "tiny_alone_us": replay_microseconds(lambda a: a[0].view(-1)[:1].add_(0), inputs),
-                "peer_us": in_a_row_microseconds(lambda a, f=compiled: f(a[0]), inputs),
+                **{name: us / times for name, us in in_rows.items()},
+                **replay_microseconds(one),
+                "missing": {n: r for n, r in beside.items() if isinstance(r, str)},
             }
         )
     return results
@@ -202,23 +207,31 @@ def about() -> dict:
     return {"date": time.strftime("%F"), "gpu, driver, clocks": gpu, "torch": torch.__version__}
 
 
+def microseconds(row: dict, name: str) -> str:
+    return f"{row[name]:.1f}" if name in row else "n/a"
+
+
 def show(bandwidth: list[dict], routing: list[dict]) -> None:
-    columns = f"{'us':>8} {'GB/s':>6} {'copy GB/s':>9} {'% of copy':>9} {'torch.compile us':>16}"
-    print(f"{'op':<16} {'shape':<16} {columns}")
-    for r in bandwidth:
-        peer = f"{r['peer_us']:.1f}" if "peer_us" in r else "n/a"
-        rates = f"{r['bytes'] / r['us'] / 1e3:>6.0f} {r['bytes'] / r['copy_us'] / 1e3:>9.0f}"
-        share = 100 * r["copy_us"] / r["us"]
-        print(f"{r['op']:<16} {r['shape']:<16} {r['us']:>8.1f} {rates} {share:>8.0f}% {peer:>16}")
     columns = (
-        f"{'us':>7} {'route':>7} {'graph of one':>12} {'of a tiny kernel':>16} {'torch.compile (route)':>21}"
+        f"{'us':>8} {'GB/s':>6} {'copy GB/s':>9} {'% of copy':>9} {'torch.compile us':>16} {'vLLM us':>8}"
     )
-    print(f"\n{'op':<16} {'shape':<22} {columns}")
+    print(f"{'op':<16} {'shape':<14} {columns}")
+    for r in bandwidth:
+        rates = f"{r['bytes'] / r['us'] / 1e3:>6.0f} {r['bytes'] / r['copy'] / 1e3:>9.0f}"
+        share = f"{100 * r['copy'] / r['us']:>8.0f}%"
+        beside = f"{microseconds(r, 'torch.compile'):>16} {microseconds(r, 'vLLM'):>8}"
+        print(f"{r['op']:<16} {r['shape']:<14} {r['us']:>8.1f} {rates} {share} {beside}")
+    heads = ("us", "route", "alone", "tiny", "torch.compile", "vLLM", "vLLM both")
+    titles = ("us", "route", "graph of one", "of a tiny kernel", "torch.compile, route", "vLLM, route")
+    titles = (*titles, "vLLM, with align")
+    print(f"\n{'op':<16} {'shape':<20} " + " ".join(f"{t:>{max(7, len(t))}}" for t in titles))
     for r in routing:
-        print(
-            f"{r['op']:<16} {r['shape']:<22} {r['us']:>7.1f} {r['route_us']:>7.1f} {r['alone_us']:>12.1f}"
-            f" {r['tiny_alone_us']:>16.1f} {r['peer_us']:>21.1f}"
+        values = " ".join(
+            f"{microseconds(r, h):>{max(7, len(t))}}" for h, t in zip(heads, titles, strict=True)
         )
+        print(f"{r['op']:<16} {r['shape']:<20} {values}")
+    for why in sorted({f"{n}: {text}" for r in bandwidth + routing for n, text in r["missing"].items()}):
+        print(f"n/a {why}")
 
 
 def main() -> None:
@@ -227,10 +240,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    warm = torch.randn(8192, 8192, device="cuda").bfloat16()
-    for _ in range(200):  # the card idles at a fraction of its clock
-        warm @ warm
-    torch.cuda.synchronize()
+    replay_microseconds({"copy": copy_of(1 << 30)})  # the card idles at a fraction of its clock
     print(json.dumps(about()))
     bandwidth = measure_bandwidth(65536, 7168) + measure_bandwidth(32768, 4096)
     routing = measure_routing()

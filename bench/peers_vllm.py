@@ -22,18 +22,18 @@ BLOCKS_PER_SM = 4  # most CTAs an SM, for the locks
 
 
 @functools.cache
-def library():
-    """torch.ops._moe_C; ImportError says why not."""
+def library(name: str = "_moe_C"):
+    """torch.ops._moe_C, or another of vLLM's; ImportError says why not."""
     spec = importlib.util.find_spec("vllm")
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = [f for folder in folders for f in sorted(Path(folder).glob("_moe_C*.so"))]
+    files = [f for folder in folders for f in sorted(Path(folder).glob(f"{name}*.so"))]
     if not files:
-        raise ImportError("no vllm/_moe_C*.so on the path")
+        raise ImportError(f"no vllm/{name}*.so on the path")
     # it takes torch's symbols from the process, which Python loads for torch alone
-    for name in ("libtorch_cpu.so", "libtorch_cuda.so"):
-        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name), ctypes.RTLD_GLOBAL)
+    for needed in ("libtorch_cpu.so", "libtorch_cuda.so"):
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / needed), ctypes.RTLD_GLOBAL)
     torch.ops.load_library(files[0])
-    return torch.ops._moe_C
+    return getattr(torch.ops, name)
 
 
 def align(ids: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:

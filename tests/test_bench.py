@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvfp4_moe import Nvfp4Tensor
+from nvfp4_moe import Nvfp4Tensor, ops
 
 
 def bench(*names: str) -> list:
@@ -23,7 +23,9 @@ def bench(*names: str) -> list:
             sys.modules["cases"] = ours
 
 
-cases, moe_layer, moe_table, peers_vllm = bench("cases", "moe_layer", "moe_table", "peers_vllm")
+cases, moe_layer, moe_table, peers_vllm, peers_elementwise = bench(
+    "cases", "moe_layer", "moe_table", "peers_vllm", "peers_elementwise"
+)
 DSV4, QWEN3 = cases.MODELS[:2]
 
 
@@ -85,3 +87,28 @@ def test_the_table_shows_who_is_ahead_and_who_is_missing(capsys):
     assert "88% read" in text and "56.0 = 56.0 decode<8>" in text
     assert "behind the best peer: nowhere" in text
     assert " 69.0 " in text and "public layout / ours, geometric mean: T <= 64 1.150, all 1.150" in text
+
+
+def test_the_formulas_given_to_torch_compile_are_the_operators():
+    """Sums and exponentials are torch's own; all else is the same, bit for bit."""
+    formulas, x = peers_elementwise, torch.randn(256, 128).bfloat16()
+    same = lambda got, want: all(  # noqa: E731
+        torch.equal(g.view(torch.uint8), w.view(torch.uint8)) for g, w in zip(got, want, strict=True)
+    )
+    quantized = ops.quantize_rows(x)
+    assert same(formulas.quantize_rows(x), quantized)
+    scale = torch.tensor(0.01)
+    assert same(formulas.quantize(x, scale), ops.quantize(x, scale))
+    assert same([formulas.dequantize(*quantized)], [ops.dequantize(*quantized, torch.bfloat16)])
+    sf = quantized[1][None]
+    assert same([formulas.remap_sf(sf).flatten(1)], [ops.remap_sf(sf)])
+    packed, e8m0 = (
+        torch.randint(*r, (2, 4, n), dtype=torch.uint8) for r, n in (((0, 256), 64), ((110, 122), 4))
+    )
+    assert same(formulas.mxfp4_lossless(packed, e8m0), ops.mxfp4_to_nvfp4(packed, e8m0, "best"))
+    close = {"rtol": 2.0**-7, "atol": 1e-6}
+    torch.testing.assert_close(formulas.swiglu(x), ops.swiglu(x), **close)
+    torch.testing.assert_close(formulas.swiglu_limit(x), ops.swiglu(x, "swiglu_limit", 1.0, 7.0), **close)
+    weights, ids = ops.route(torch.randn(9, 16), None, 3)
+    slots = ops.permute(ids, 16, 0)[2]
+    torch.testing.assert_close(formulas.combine(x, slots, weights), ops.combine(x, slots, weights), **close)

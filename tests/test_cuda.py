@@ -178,28 +178,39 @@ def test_routing_of_many_tokens_has_the_cpus_bits(T, E, k):
         assert_same_bits(ops.permute(ids.cuda(), local, first), ops.permute(ids, local, first))
 
 
-def test_small_kernels_wait_for_the_one_before():
-    """In a graph they are launched early, and find the last replay's ids if they do not wait."""
-    logits = [torch.randn(64, 384, device="cuda") for _ in range(8)]
+FOLLOWERS = {  # small kernels on what route writes: float32 weights and int32 ids, both [64, 32]
+    "permute": lambda weights, ids: ops.permute(ids, 4096, 0),
+    "route": lambda weights, ids: ops.route(weights, None, 4),
+    "combine": lambda weights, ids: ops.combine(weights.view(torch.bfloat16).view(-1, 8), ids, weights),
+    "tensor_scale": lambda weights, ids: ops.tensor_scale(weights),
+    "quantize": lambda weights, ids: ops.quantize(weights, weights[0, 0]),
+    "quantize_rows": lambda weights, ids: ops.quantize_rows(weights),
+    "dequantize": lambda weights, ids: ops.dequantize(
+        weights.view(torch.uint8), ids[:8].view(torch.float8_e4m3fn).view(64, 16), weights[0, 0]
+    ),
+    "swiglu": lambda weights, ids: ops.swiglu(weights.view(torch.bfloat16)),
+    "swiglu_quantize": lambda weights, ids: ops.swiglu_quantize(weights.view(torch.bfloat16)),
+    "remap_sf": lambda weights, ids: ops.remap_sf(weights.view(torch.float8_e4m3fn)),
+    "unmap_sf": lambda weights, ids: ops.unmap_sf(weights.view(-1).view(torch.float8_e4m3fn), 512, 16),
+}
 
-    def chain():
-        ids = []  # held, so that every link of the chain has memory of its own
-        places = []
-        for x in logits:
-            ids.append(ops.route(x, None, 6)[1])
-            places.append(ops.permute(ids[-1], 384, 0))
-        return ids, places
 
-    chain()
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_small_kernels_wait_for_the_one_before(name):
+    """They are launched early, while a route of 4096 experts still runs (tens of microseconds on 64 of the
+    multiprocessors). In a graph's replay one that did not wait would read what the last replay left."""
+    logits = torch.randn(64, 4096, device="cuda")
+    route = lambda: ops.route(logits, None, 32)  # noqa: E731
+    FOLLOWERS[name](*route())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        _, got = chain()
-    for _ in range(20):
-        for x in logits:
-            x.copy_(torch.randn(x.shape))
+        weights, ids = route()
+        got = FOLLOWERS[name](weights, ids)
+    for _ in range(5):
+        logits.copy_(torch.randn(logits.shape))
         graph.replay()
-        for x, out in zip(logits, got, strict=True):
-            assert_same_bits(out, ops.permute(ops.route(x.cpu(), None, 6)[1], 384, 0))
+        torch.cuda.synchronize()
+        assert_same_bits(got, cpu(FOLLOWERS[name](weights, ids)), name)
 
 
 @pytest.mark.parametrize("R, K", [(3, 32768), (5000, 7168), (65536, 64), (1, 16)], ids=str)

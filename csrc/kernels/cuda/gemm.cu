@@ -149,7 +149,7 @@ class Loader {
 #pragma unroll
     for (int i = 0; i < kRowsEach; ++i) {
       const int row = (t + i * kThreads) / kUnits;
-      if (row >= kRows) break;
+      if (kRows * kUnits % kThreads != 0 && row >= kRows) break;
       if constexpr (kPackedA)
         copy_async<8>(&stage.a[row][unit * 8], a_[i] + first * 8, a_inside);
       else  // units rotate by row, so that a fragment's 16-byte reads spread over the banks

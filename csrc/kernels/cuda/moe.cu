@@ -24,33 +24,21 @@ void with_act(Act act, Body body) {
   if (act == Act::relu2) body(std::integral_constant<Act, Act::relu2>{});
 }
 
-__device__ inline float clamp(float x, float limit) {  // limit > 0; NaN passes through
-  float y;
+// Of each half x between -limit and limit, which is positive; a NaN stays one.
+__device__ inline __nv_bfloat162 within(__nv_bfloat162 x, __nv_bfloat162 limit) {
 #if __CUDA_ARCH__ >= 860
-  asm("min.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
+  uint32_t& bits = reinterpret_cast<uint32_t&>(x);
+  asm("min.NaN.xorsign.abs.bf16x2 %0, %0, %1;" : "+r"(bits) : "r"(reinterpret_cast<const uint32_t&>(limit)));
+  return x;
 #else
-  y = x > limit ? limit : x < -limit ? -limit : x;
+  return __hmax2_nan(__hmin2_nan(x, limit), __hneg2(limit));
 #endif
-  return y;
 }
 
-// math.h's activation of what `mild` lets through: without the ends of exp, and with clamps of one
-// instruction.
 template <Act act>
-__device__ float activate_mild(float gate, float up, float slope, float limit) {
-  if (act == Act::relu2) return activate<act>(gate, up, 0.0f, limit);
-  if (act == Act::silu) return swish_inside(gate, slope) * up;
-  const float s = swish_inside(fminf(gate, limit), slope), u = clamp(up, limit);
-  return act == Act::swiglu_limit ? s * u : fma32(s, u, s);
-}
-
-// A NaN among the gates, or as the limit, says no.
-template <Act act, int kWords>
-__device__ bool mild(const uint32_t (&gate)[kWords], float slope, float limit) {
-  if (act == Act::relu2) return true;
-  if (act != Act::silu && !(limit > 0.0f)) return false;
-  return float_of(largest<bf16>(gate)) * fabsf(slope) <= kExp2Most;
-}
+constexpr bool kClamped = act == Act::swiglu_limit || act == Act::swiglu_oai;
+template <Act act>
+constexpr bool kGated = act != Act::relu2;
 
 template <Act act, int kValues>
 struct Gated {  // as they lie in memory
@@ -59,18 +47,48 @@ struct Gated {  // as they lie in memory
   Gated() = default;
   __device__ Gated(const bf16* from, int64_t I, bool aligned) {
     load<kValues>(from, aligned, gate);
-    if (act != Act::relu2) load<kValues>(from + I, aligned, up);
+    if (kGated<act>) load<kValues>(from + I, aligned, up);
+  }
+
+  __device__ void clamp(__nv_bfloat162 limit) {  // as activate() does
+#pragma unroll
+    for (int i = 0; i < kValues / 2; ++i) {
+      auto& g = reinterpret_cast<__nv_bfloat162&>(gate[i]);
+      auto& u = reinterpret_cast<__nv_bfloat162&>(up[i]);
+      g = __hmin2_nan(g, limit);
+      u = within(u, limit);
+    }
   }
 };
+
+// Clamps x, two values an instruction, where the limit is a positive bf16 (clamping again changes nothing),
+// and says whether activate_mild() then gives the activation: no exp's end is met. A NaN among the gates says
+// no.
+template <Act act, int kValues>
+__device__ bool make_mild(Gated<act, kValues>& x, float slope, float limit) {
+  if (!kGated<act>) return true;
+  if (kClamped<act>) {
+    if (!(limit > 0.0f) || bits_of(limit) & 0xffff) return false;
+    x.clamp(__float2bfloat162_rn(limit));
+  }
+  return float_of(largest<bf16>(x.gate)) * fabsf(slope) <= kExp2Most;
+}
+
+template <Act act>
+__device__ float activate_mild(float gate, float up, float slope) {
+  if (!kGated<act>) return activate<act>(gate, up, 0.0f, 0.0f);
+  const float s = swish_inside(gate, slope);
+  return act == Act::swiglu_oai ? fma32(s, up, s) : s * up;
+}
 
 template <Act act, int kValues>
 __device__ void activate_some(Gated<act, kValues> x, const SwigluParams& p, uint32_t (&out)[kValues / 2]) {
   const float slope = swish_slope(act == Act::swiglu_oai ? p.act_alpha : 1.0f);
-  if (mild<act>(x.gate, slope, p.limit)) {
+  if (make_mild(x, slope, p.limit)) {
 #pragma unroll
     for (int i = 0; i < kValues / 2; ++i)
-      out[i] = pair_of(activate_mild<act>(low_of(x.gate[i]), low_of(x.up[i]), slope, p.limit),
-                       activate_mild<act>(high_of(x.gate[i]), high_of(x.up[i]), slope, p.limit));
+      out[i] = pair_of(activate_mild<act>(low_of(x.gate[i]), low_of(x.up[i]), slope),
+                       activate_mild<act>(high_of(x.gate[i]), high_of(x.up[i]), slope));
     return;
   }
 #pragma unroll 1
@@ -120,8 +138,8 @@ struct ActivatedRows {
   struct Row {
     const ActivatedRows& rows;
     const bf16* gate;
-    __device__ Gated<act, kBlock> load(int64_t s) const {
-      return {gate + s * kBlock, rows.p.I, rows.aligned};
+    __device__ Gated<act, kBlock> load(int k) const {
+      return {gate + static_cast<int64_t>(k) * blockDim.x * kBlock, rows.p.I, rows.aligned};
     }
     __device__ Block<bf16> block(const Raw& x) const {
       Block<bf16> b;
@@ -129,7 +147,7 @@ struct ActivatedRows {
       return b;
     }
   };
-  __device__ Row row(int64_t r) const { return {*this, gate_of<act>(p, r)}; }
+  __device__ Row row(int64_t r) const { return {*this, gate_of<act>(p, r) + column(0) * kBlock}; }
 };
 
 // ---- combine --------------------------------------------------------------------------------------

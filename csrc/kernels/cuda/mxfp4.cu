@@ -4,34 +4,16 @@
 // for the device to say. csrc/kernels/mxfp4.h has the arithmetic.
 #include <algorithm>
 
-#include "../mxfp4.h"
-#include "device.h"
-#include "kernels.h"
+#include "mxfp4.cuh"
 
 namespace nvfp4::cuda {
 namespace {
 
-using namespace mxfp4;
-
-constexpr uint32_t kAll = 0xffffffffu;
-constexpr int kThreads = 256;
 constexpr int kEach = 4;                  // blocks of 32 values a thread converts
 constexpr int kChunk = kThreads * kEach;  // a CTA
 constexpr int kAhead = 16;                // exponents a thread has under way: 64 dependent loads else
 constexpr float kFloatMax = 0x1.fffffep+127f;
 constexpr int kLongChunk = 16 * kChunk;  // or counts; the sums of squares fit 32 bits
-
-struct alignas(16) Work {  // of one matrix; all zero at first
-  Stats stats;
-  int least, most;  // 256 - byte and byte + 1 of the lowest and highest exponent of a live block
-  int searched;     // verbatim_search's m
-  double errors[kCandidates];
-
-  __device__ Range range() const { return {256 - least - kBias, most - 1 - kBias}; }
-};
-
-__device__ bool beyond_window(Range range) { return !range.empty() && !range.fits(); }
-__device__ bool searched(Mxfp4 method, Range range) { return method == Mxfp4::best && beyond_window(range); }
 
 // Which statistics does alpha need? `hybrid` takes neither.
 bool wants_amax(Mxfp4 method) { return method == Mxfp4::requantize || method == Mxfp4::best; }
@@ -41,10 +23,11 @@ __device__ bool needs_counts(Mxfp4 method, Range range) {
 }
 
 struct Part {  // of a matrix: blocks [begin, end)
-  int64_t e, begin, end, blocks;
+  int e;
+  int64_t begin, end, blocks;
   __device__ Part(const Mxfp4Params& p, int64_t length) : blocks(p.N * p.K / 32) {
     const int64_t parts = max(int64_t{1}, (blocks + length - 1) / length);
-    e = blockIdx.x / parts;
+    e = static_cast<int>(blockIdx.x / parts);
     begin = (blockIdx.x - e * parts) * length;
     end = min(begin + length, blocks);
   }
@@ -137,135 +120,42 @@ __global__ void __launch_bounds__(kThreads) count_exponents(Mxfp4Params p, Work*
   add(stats.squares + threadIdx.x, weight[threadIdx.x]);
 }
 
-// mxfp4::search, an m a thread: there are at most 236.
-__global__ void __launch_bounds__(kThreads) search_power(Mxfp4Params p, Work* work) {
-  __shared__ double errors[kThreads];
-  const Range range = work[blockIdx.x].range();
-  if (!needs_counts(p.method, range)) return;
-  const int first = range.kmin - kLow, count = range.kmax - kHigh - first + 1;
-  const int t = threadIdx.x;
-  if (t < count) errors[t] = clamped_error(work[blockIdx.x].stats, range, first + t);
-  __syncthreads();
-  if (t > 0) return;
-  int best = 0;
-  for (int i = 1; i < count; ++i)
-    if (errors[i] < errors[best]) best = i;
-  work[blockIdx.x].searched = first + best;
-}
-
-// ---- `best` beyond the window ---------------------------------------------------------------------
-
-// Squared errors by step and magnitude, in units of the block's power of two 2^k: step = a (1 + m/8) 2^i with
-// alpha = a 2^q, for i = kFirst .. kLast. Scaling by a power of two commutes with every rounding here. Above,
-// every code becomes 0; below, all saturate, and twice the scale is strictly better and exists: `best` takes
-// no alpha whose largest step is below i = -4 for the top block.
-struct ErrorTable {
-  static constexpr int kFirst = -5, kLast = 4, kTicks = 8 * (kLast - kFirst + 1);
-  double of[kTicks][7];
-};
-__device__ int exponent_of(float alpha) {
-  return static_cast<int>(bits_of(alpha) >> 23) - 127;
-}  // a normal one
-
-__device__ void fill(ErrorTable& table, float alpha) {
-  const double a = static_cast<double>(alpha) * two_to(-exponent_of(alpha));
-  for (int i = threadIdx.x; i < ErrorTable::kTicks * 7; i += blockDim.x) {
-    const int tick = i / 7, v = i % 7 + 1;
-    const double step = a * (8 + tick % 8) * two_to(tick / 8 + ErrorTable::kFirst - 3), x = e2m1_decode(v);
-    const double d = x - e2m1_decode(nearest(x, step)) * step;
-    table.of[tick][v - 1] = d * d;
-  }
-}
-
-// An e4m3 byte as 8 j + m of its value (1 + m/8) 2^(j - 9); those below 8 are subnormal.
-__device__ int tick_of(int e4m3) {
-  return e4m3 >= 8 ? e4m3 + 16 : static_cast<int>(0x161412100c080000ull >> (8 * e4m3) & 255);
-}
-
-struct Choice {
-  double error;
-  int e4m3;
-};
-__device__ Choice best_scale(const ErrorTable& table, uint64_t counts, int byte, float alpha) {
-  const int k = byte - kBias, shift = 8 * (kLow + exponent_of(alpha) - k - ErrorTable::kFirst);
-  double n[8], zeros = 0.0;
-  for (int v = 1; v < 8; ++v) {
-    n[v] = count_of(counts, v);
-    zeros += n[v] * (e2m1_decode(v) * e2m1_decode(v));
-  }
-  Choice best{1e300, 0};
-  for (int e4m3 = 1; e4m3 < 127; ++e4m3) {
-    const int tick = tick_of(e4m3) + shift;
-    if (tick < 0) continue;
-    double sum = zeros;
-    if (tick < ErrorTable::kTicks) {
-      const double* t = table.of[tick];
-      sum = n[1] * t[0] + n[2] * t[1] + n[3] * t[2] + n[4] * t[3] + n[5] * t[4] + n[6] * t[5] + n[7] * t[6];
-    }
-    if (sum < best.error) best = {sum, e4m3};
-    if (tick >= ErrorTable::kTicks) break;  // larger scales do the same
-  }
-  best.error *= two_to(2 * k);
-  return best;
-}
-
-__device__ double lane_sum(double x) {
-  for (int half = 16; half; half /= 2) x += __shfl_xor_sync(kAll, x, half);
-  return x;
-}
-
-// errors[e][i][row]: numbers.lane_sum over the row's half blocks. CTAs of a matrix and candidate take its
-// rows in turn; a warp has a row.
-__global__ void __launch_bounds__(kThreads)
-    sum_row_errors(Mxfp4Params p, const Work* work, double* errors, unsigned ctas) {
-  __shared__ ErrorTable table;
-  const int which = blockIdx.x / ctas, e = which / kCandidates, lane = threadIdx.x % 32;
-  const Range range = work[e].range();
-  if (!searched(p.method, range)) return;
-  const Scale scale = candidate(work[e].stats, range, which % kCandidates);
-  fill(table, scale.alpha);
-  __syncthreads();
-  const uint64_t* codes = reinterpret_cast<const uint64_t*>(p.packed) + e * p.N * p.K / 16;
-  const uint8_t* bytes = p.e8m0 + e * p.N * p.K / 32;
-  constexpr int kRows = kThreads / 32;
-  for (int64_t row = blockIdx.x % ctas * kRows + threadIdx.x / 32; row < p.N; row += ctas * kRows) {
-    double sum = 0.0;
-    for (int64_t s = row * p.K / 16 + lane; s < (row + 1) * p.K / 16; s += 32) {
-      const uint64_t half = codes[s];
-      const int byte = bytes[s / 2];
-      if (is_zero(half) || kept_scale(p.method, scale, byte) != kQuantize) continue;
-      sum += best_scale(table, count_magnitudes(half), byte, scale.alpha).error;
-    }
-    sum = lane_sum(sum);
-    if (lane == 0) errors[which * p.N + row] = sum;
-  }
-}
-
-// numbers.lane_sum over the rows, by one warp.
-__global__ void sum_errors(Mxfp4Params p, Work* work, const double* errors) {
-  const int e = blockIdx.x / kCandidates, i = blockIdx.x % kCandidates;
-  if (!searched(p.method, work[e].range())) return;
-  double total = 0.0;
-#pragma unroll 8
-  for (int64_t row = threadIdx.x; row < p.N; row += 32) total += errors[blockIdx.x * p.N + row];
-  total = lane_sum(total);
-  if (threadIdx.x == 0) work[e].errors[i] = total;
-}
-
-// ---- output ---------------------------------------------------------------------------------------
+// ---- the choice -----------------------------------------------------------------------------------
 
 __device__ Scale scale_of(const Work& work, Mxfp4 method) {
   const Range range = work.range();
   if (range.empty()) return {1.0f, true, 0};
-  if (searched(method, range)) {
-    int best = 0;
-    for (int i = 1; i < kCandidates; ++i)
-      if (work.errors[i] < work.errors[best]) best = i;
-    return candidate(work.stats, range, best);
-  }
-  if (method == Mxfp4::verbatim_search && !range.fits()) return power(work.searched);
-  return direct_scale(work.stats, range, method);
+  if (!searched(method, range)) return direct_scale(work.stats, range, method);
+  int best = 0;
+  for (int i = 1; i < kCandidates; ++i)
+    if (work.errors[i] < work.errors[best]) best = i;
+  return candidate(work.stats, range, best);
 }
+
+// mxfp4::search, an m a thread: there are at most 236.
+__device__ Scale search_power(const Work& work) {
+  __shared__ double errors[kThreads];
+  const Range range = work.range();
+  const int first = range.kmin - kLow, count = range.kmax - kHigh - first + 1, t = threadIdx.x;
+  if (t < count) errors[t] = clamped_error(work.stats, range, first + t);
+  __syncthreads();
+  int best = 0;
+  for (int i = 1; i < count; ++i)
+    if (errors[i] < errors[best]) best = i;
+  return power(first + best);
+}
+
+__global__ void __launch_bounds__(kThreads) choose(Mxfp4Params p, Work* work) {
+  Work& mine = work[blockIdx.x];
+  const bool searches = p.method == Mxfp4::verbatim_search && beyond_window(mine.range());
+  if (!searches && threadIdx.x > 0) return;
+  const Scale scale = searches ? search_power(mine) : scale_of(mine, p.method);
+  if (threadIdx.x > 0) return;
+  mine.scale = scale;
+  p.alpha[blockIdx.x] = scale.alpha;
+}
+
+// ---- output ---------------------------------------------------------------------------------------
 
 // A Recode as convert() uses it: new magnitude codes by old ones, a byte each, and the scale.
 struct alignas(16) Lookup {
@@ -295,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) tabulate(Mxfp4Params p, const Work* 
   const int i = blockIdx.x * kThreads + threadIdx.x, e = i / kRecodes, byte = i % kRecodes / 8;
   const Range range = work[e].range();
   if (byte - kBias < range.kmin || byte - kBias > range.kmax) return;
-  table[i] = Lookup(recode_dense(i % 8, byte, scale_of(work[e], p.method).alpha));
+  table[i] = Lookup(recode_dense(i % 8, byte, work[e].scale.alpha));
 }
 
 // How convert() finds new codes: by the error table under `best`, by tabulate()'s otherwise.
@@ -328,36 +218,30 @@ __device__ uint8_t convert_half(const Mxfp4Params& p, const Recoder<kBest>& reco
 template <bool kBest>
 __global__ void __launch_bounds__(kThreads, kBest ? 4 : 5)
     convert(Mxfp4Params p, const Work* work, const Lookup* table) {
-  __shared__ Scale shared_scale;
   __shared__ ErrorTable errors;
   const Part part(p, kChunk);
-  const int64_t first = part.e * part.blocks;
+  const int64_t first = part.e * part.blocks + part.begin + threadIdx.x;  // of the thread's blocks, of all
+  const int count = static_cast<int>(part.end - part.begin) - static_cast<int>(threadIdx.x);
   Halves codes[kEach];
   int byte[kEach];
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {  // under way while the scale is found
-    const int64_t b = part.begin + i * kThreads + threadIdx.x;
-    if (b < part.end) codes[i] = codes_of(p, first + b), byte[i] = p.e8m0[first + b];
-  }
-  if (threadIdx.x == 0) shared_scale = scale_of(work[part.e], p.method);
-  __syncthreads();
-  const Scale scale = shared_scale;
-  if (threadIdx.x == 0 && part.begin == 0) p.alpha[part.e] = scale.alpha;
+  for (int i = 0; i < kEach; ++i)
+    if (i * kThreads < count)
+      codes[i] = codes_of(p, first + i * kThreads), byte[i] = p.e8m0[first + i * kThreads];
+  const Scale scale = work[part.e].scale;
   if (kBest && searched(p.method, work[part.e].range())) {
     fill(errors, scale.alpha);
     __syncthreads();
   }
   const Recoder<kBest> recoder{scale, errors, table + part.e * kRecodes};
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int64_t b = part.begin + i * kThreads + threadIdx.x;
-    if (b >= part.end) break;
+  for (int i = 0; i < kEach && i * kThreads < count; ++i) {
     const bool bad = byte[i] > kMaxByte && !is_zero(codes[i].of[0] | codes[i].of[1]);
     uchar2 sf;
     sf.x = convert_half(p, recoder, bad, byte[i], codes[i].of[0]);
     sf.y = convert_half(p, recoder, bad, byte[i], codes[i].of[1]);
-    reinterpret_cast<uchar2*>(p.sf)[first + b] = sf;
-    reinterpret_cast<ulonglong2*>(p.packed_out)[first + b] = {codes[i].of[0], codes[i].of[1]};
+    reinterpret_cast<uchar2*>(p.sf)[first + i * kThreads] = sf;
+    reinterpret_cast<ulonglong2*>(p.packed_out)[first + i * kThreads] = {codes[i].of[0], codes[i].of[1]};
   }
 }
 
@@ -380,13 +264,8 @@ void mxfp4_to_nvfp4(const Mxfp4Params& p, void* workspace, cudaStream_t stream) 
   find_range<<<parts, kThreads, 0, stream>>>(p, work, wants_amax(p.method));
   if (p.method == Mxfp4::verbatim_midpoint || p.method == Mxfp4::verbatim_search)
     count_exponents<<<parts, kThreads, 0, stream>>>(p, work);
-  if (p.method == Mxfp4::verbatim_search) search_power<<<matrices, kThreads, 0, stream>>>(p, work);
-  if (p.method == Mxfp4::best) {
-    double* errors = static_cast<double*>(rest);
-    const unsigned sums = matrices * kCandidates, ctas = 1 + 8 * sm_count() / sums;
-    sum_row_errors<<<sums * ctas, kThreads, 0, stream>>>(p, work, errors, ctas);
-    sum_errors<<<sums, 32, 0, stream>>>(p, work, errors);
-  }
+  if (p.method == Mxfp4::best) sum_candidates(p, work, static_cast<double*>(rest), stream);
+  choose<<<matrices, kThreads, 0, stream>>>(p, work);
   Lookup* table = static_cast<Lookup*>(rest);
   if (recodes_densely(p.method))
     tabulate<<<matrices*(kRecodes / kThreads), kThreads, 0, stream>>>(p, work, table);

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(bool early, Quantize
     const int64_t b = first + i * kThreads;
     if (b >= blocks) return;
     const float scale = p.scale[p.per_row ? divide(b, S) : 0];
-    p.sf[b] = quantize_block(block[i], largest(block[i]), scale, p.packed + b * 8);
+    p.sf[b] = quantize_block(block[i], largest(block[i]), scale, false, p.packed + b * 8);
   }
 }
 
@@ -83,13 +83,14 @@ struct GatheredRows {
   struct Row {
     const T* x;
     bool aligned;
-    __device__ Block<T> load(int64_t s) const { return load_block(x + s * kBlock, aligned); }
+    __device__ Block<T> load(int k) const {
+      return load_block(x + static_cast<int64_t>(k) * blockDim.x * kBlock, aligned);
+    }
     __device__ Block<T> block(const Block<T>& b) const { return b; }
   };
   __device__ Row row(int64_t r) const {
-    if (!rows) return {x + r * K, aligned};
-    const int64_t named = rows[r], source = named < 0 ? 0 : named < count ? named : count - 1;
-    return {x + source * K, aligned};
+    const int64_t named = rows ? rows[r] : r, source = named < 0 ? 0 : named < count ? named : count - 1;
+    return {x + source * K + column(0) * kBlock, aligned};
   }
 };
 

@@ -7,6 +7,7 @@ namespace nvfp4::cuda {
 namespace {
 
 constexpr int kAtoms = 16, kThreads = 128;  // a CTA takes one row of atoms and kAtoms columns of them
+constexpr int kCtas = 12;                   // an SM: bounds the registers, below what would spill
 constexpr int kStepRows = kThreads / kAtoms, kSteps = 32 / kStepRows;
 constexpr int kLastRow = 96 + (kSteps - 1) * kStepRows;  // of a thread's rows
 
@@ -37,7 +38,7 @@ __device__ inline void store4(uint8_t* p, int64_t valid, uint32_t word) {
 }
 
 // `words`: the linear side can be addressed in words of 4 bytes.
-__global__ void __launch_bounds__(kThreads) remap_kernel(bool early, RemapParams p, bool words) {
+__global__ void __launch_bounds__(kThreads, kCtas) remap_kernel(bool early, RemapParams p, bool words) {
   start(early);
   const SfLayout& l = p.layout;
   const Place at(l);
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) remap_kernel(bool early, RemapParams
                                                            piece[i][3]};
 }
 
-__global__ void __launch_bounds__(kThreads) unmap_kernel(bool early, RemapParams p, bool words) {
+__global__ void __launch_bounds__(kThreads, kCtas) unmap_kernel(bool early, RemapParams p, bool words) {
   start(early);
   const SfLayout& l = p.layout;
   const Place at(l);

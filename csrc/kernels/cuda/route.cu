@@ -179,7 +179,8 @@ __device__ void choose(const RouteParams& p, const Token& a, const Over& over) {
 // ---- kernels --------------------------------------------------------------------------------------
 
 template <Score score, int kHeld>
-__global__ void __launch_bounds__(32 * kWarps) route_by_warp(bool early, RouteParams p, Words words) {
+__global__ void __launch_bounds__(32 * kWarps, kHeld == kMostHeld ? 7 : 0)
+    route_by_warp(bool early, RouteParams p, Words words) {
   start(early);
   const Token a(p, words, threadIdx.x / 32, blockDim.x / 32);
   if (a.t >= p.T) return;

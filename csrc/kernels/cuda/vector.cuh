@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "launch.cuh"
+#include "quantized_rows.cuh"
 
 namespace nvfp4::cuda {
 
@@ -180,24 +181,41 @@ __device__ uint32_t codes_by_quotient(const Block<T>& b, int h, float step8) {
   return (word - 0x4b400000u * 0x11111111u) | signs(b, h);
 }
 
-// The same for bf16 where the scale is a power of two: x has 8 significant bits and step 4, so x r is a
-// midpoint but for r's error, or 2^-8 away from one. Rounding to half's 11 bits tells the two apart, and then
-// two values fit in a register.
-__device__ inline uint32_t codes_in_halves(const Block<bf16>& b, int h, float step8) {
-  const __half2 low = __float2half2_rn(1536), mid = __float2half2_rn(1538), high = __float2half2_rn(1541);
-  const __half2 slope = __float2half2_rn(1228.0f / 512);  // 8 h in halves
-  const float r = fast_reciprocal(step8);
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 3; i >= 0; --i) {
-    const float x = fabsf(value(b, 8 * h + i)), y = fabsf(value(b, 8 * h + i + 4));
-    const __half2 a8 = __floats2half2_rn(__saturatef(x * r), __saturatef(y * r));
-    const __half2 c[3] = {__hfma2(a8, __float2half2_rn(16), low), __hfma2(a8, __float2half2_rn(8), mid),
-                          __hfma2(a8, slope, high)};
-    const auto* u = reinterpret_cast<const uint32_t*>(c);
-    word = word * 16 + __vimin3_s16x2(u[0], u[1], u[2]);
+// The same for bf16 where the scale is a power of two, two values a register: x has 8 significant bits and
+// step 4, so x / step is a midpoint, or at least 0.53 of bf16's last place away from one; x times 1 / step in
+// two parts, `r` and what r lacks, is off by 2^-16 and then rounds to the right side. The three lines are as
+// above with 128 as magic number; the last is h a + 6 with the largest bf16 h below 0.1: 6.9 at 9, the most
+// there is.
+struct ReciprocalPairs {
+  __nv_bfloat162 high, low;
+
+  __device__ explicit ReciprocalPairs(float step) {
+    const float r = step == 0.0f ? 0.0f : fast_reciprocal(step);  // in a row of zeros
+    high = __float2bfloat162_rn(r);
+    low = __float2bfloat162_rn(r - __low2float(high));
   }
-  return (word - 0x66006600u * 0x1111u) | signs(b, h);
+};
+__device__ inline uint32_t codes_in_pairs(const Block<bf16>& b, int h, const ReciprocalPairs& r) {
+  const auto pair_of = [](float x) { return __float2bfloat162_rn(x); };
+  uint32_t code[4];  // in bytes 0 and 2
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t magnitude = b.word[4 * h + i] & 0x7fff7fffu;  // __habs2 would burden the other pipe
+    const __nv_bfloat162 x = reinterpret_cast<const __nv_bfloat162&>(magnitude);
+    const __nv_bfloat162 a = __hfma2(x, r.high, __hmul2(x, r.low));
+    const __nv_bfloat162 c[3] = {__hfma2(a, pair_of(2), pair_of(128)), __hadd2(a, pair_of(130)),
+                                 __hfma2(a, pair_of(204.0f / 2048), pair_of(134))};
+    const auto* u = reinterpret_cast<const uint32_t*>(c);
+    code[i] = __vimin3_s16x2(u[0], u[1], u[2]);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t* word = b.word + 4 * h + 2 * i;
+    uint32_t negative;  // bytes of ones where values are
+    asm("prmt.b32 %0, %1, %2, 0xfbd9;" : "=r"(negative) : "r"(word[0]), "r"(word[1]));
+    code[i] = __byte_perm(code[2 * i], code[2 * i + 1], 0x6240) | (negative & 0x08080808u);
+  }
+  return __byte_perm(code[0], code[1], 0x7632) * 16 + __byte_perm(code[0], code[1], 0x5410);
 }
 
 // Codes of all 16 by true division.
@@ -213,14 +231,16 @@ __device__ uint2 codes_by_division(Block<T> b, float step) {
   return {codes[0], codes[1]};
 }
 
-// One block to its 8 bytes under any scale; returns its own. `top` is largest(b).
+// One block to its 8 bytes under any scale; returns its own. `top` is largest(b). `divides`: even if it need
+// not.
 template <class T>
-__device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, float scale, uint8_t* packed) {
+__device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, float scale, bool divides,
+                                  uint8_t* packed) {
   constexpr uint32_t kLow = (127 - 60) << 23, kHigh = (127 + 60) << 23;  // 2^-60, 2^60
   const uint32_t byte = block_scale(float_of(top), scale);
   const float step = top ? e4m3_decode(byte) * scale : 1.0f;  // zeros are zeros by any step
   uint2 codes;
-  if (top > kHigh || bits_of(step) - kLow > kHigh - kLow)
+  if (divides || top > kHigh || bits_of(step) - kLow > kHigh - kLow)
     codes = codes_by_division(b, step);
   else
     codes = {codes_by_quotient(b, 0, 8 * step), codes_by_quotient(b, 1, 8 * step)};
@@ -230,10 +250,10 @@ __device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, float scale, 
 
 // A row's power of two (or 0), with what its blocks take from it.
 struct RowScale {
-  float scale, inverse;
+  float scale;
   uint32_t tame;  // blocks with a `top` below it take the short way: finite ones, the scale within 2^+-48
 
-  __device__ explicit RowScale(float scale) : scale(scale), inverse(float_of((254u << 23) - bits_of(scale))) {
+  __device__ explicit RowScale(float scale) : scale(scale) {
     constexpr uint32_t kLow = (127 - 48) << 23, kHigh = (127 + 48) << 23;
     tame = scale == 0.0f || bits_of(scale) - kLow <= kHigh - kLow ? kInfinity : 0;
   }
@@ -243,59 +263,22 @@ struct RowScale {
 // which the rounded 1/6 and two FMAs round correctly.
 template <class T>
 __device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, const RowScale& row, uint8_t* packed) {
-  if (top >= row.tame) return quantize_block(b, top, row.scale, packed);
+  if (top >= row.tame) return quantize_block(b, top, row.scale, true, packed);
   constexpr float kSixth = 0x1.555556p-3f;
-  const float amax = float_of(top) * row.inverse, q = amax * kSixth;
+  const float amax = float_of(top) * float_of((254u << 23) - bits_of(row.scale)), q = amax * kSixth;
   const uint32_t byte = e4m3_encode(fmaxf(fma32(fma32(-6.0f, q, amax), kSixth, q), kE4m3Min));
-  const float step8 = e4m3_decode(byte) * (8 * row.scale);  // 0 in a row of zeros: a quotient NaN has code 0
-  if constexpr (std::is_same_v<T, bf16>)
-    *reinterpret_cast<uint2*>(packed) = {codes_in_halves(b, 0, step8), codes_in_halves(b, 1, step8)};
-  else
-    *reinterpret_cast<uint2*>(packed) = {codes_by_quotient(b, 0, step8), codes_by_quotient(b, 1, step8)};
+  const float step = e4m3_decode(byte) * row.scale;  // 0 in a row of zeros
+  if constexpr (std::is_same_v<T, bf16>) {
+    const ReciprocalPairs r(step);
+    *reinterpret_cast<uint2*>(packed) = {codes_in_pairs(b, 0, r), codes_in_pairs(b, 1, r)};
+  } else {  // a quotient NaN has code 0
+    *reinterpret_cast<uint2*>(packed) = {codes_by_quotient(b, 0, 8 * step),
+                                         codes_by_quotient(b, 1, 8 * step)};
+  }
   return static_cast<uint8_t>(byte);
 }
 
 // ---- whole rows -----------------------------------------------------------------------------------
-
-struct QuantizedRows {  // R rows of S blocks
-  int64_t R;
-  int S;
-  uint8_t* packed;
-  uint8_t* sf;
-  float* scale;
-  SfGroups groups;
-};
-
-// Where a row's scales go: four columns together, and `stride` bytes on to the next four.
-struct SfPlace {
-  uint8_t* first;  // null: nowhere, no expert has the row
-  int stride;
-
-  __device__ void store(int s, uint8_t byte) const {
-    if (first) first[(s >> 2) * stride + (s & 3)] = byte;
-  }
-};
-
-// Every warp of a row finds it by itself: the atoms of the experts that end before the row, and which row of
-// its own expert it is.
-__device__ inline SfPlace sf_place(const QuantizedRows& out, int64_t r) {
-  if (!out.groups.offsets) return {out.sf + r * out.S, 4};
-  int atoms = 0, local = -1;
-  const auto bounded = [&](int32_t x, int64_t least) {
-    return static_cast<int>(x < least ? least : x < out.R ? x : out.R);
-  };
-  for (int e = threadIdx.x % 32; e < out.groups.E; e += 32) {
-    const int begin = bounded(out.groups.offsets[e], 0), end = bounded(out.groups.offsets[e + 1], begin);
-    if (end <= r) atoms += (end - begin + 127) / 128;
-    if (begin <= r && r < end) local = static_cast<int>(r) - begin;
-  }
-  atoms = __reduce_add_sync(~0u, atoms);
-  local = __reduce_max_sync(~0u, local);
-  const SfLayout layout{1, out.S};
-  const int64_t atom = atoms + local / 128;
-  if (local < 0 || atom >= SfGroups::atom_rows(out.R, out.groups.E)) return {nullptr, 0};
-  return {out.sf + atom * layout.cosize() + layout.offset(local % 128, 0), SfLayout::kAtom};
-}
 
 // The largest of a row's `top`s; a row has blockDim.x threads, whole warps.
 __device__ inline uint32_t row_max(uint32_t top) {
@@ -309,53 +292,57 @@ __device__ inline uint32_t row_max(uint32_t top) {
 }
 
 constexpr int kMostHeld = 4;
-// Of the widest CTAs with bf16 two fit an SM, with 72 registers a thread; with one it is 65 % of the copy
-// rate (16384 x 28672).
 constexpr int kMostThreads = 448;
+// CTAs on an SM that bound the registers; 0: the compiler's choice, which spills a few bytes on two chips.
 template <int kHeld, class Source>
-constexpr int kFewestCtas = kHeld == kMostHeld && std::is_same_v<typename Source::Raw, Block<bf16>> ? 2 : 0;
+#if __CUDA_ARCH__ == 1000
+constexpr int kFewestCtas = kHeld == 1 && !Source::kCheap ? 2 : 0;
+#elif __CUDA_ARCH__ == 1200
+constexpr int kFewestCtas = kHeld == kMostHeld && Source::kCheap ? 1 : 0;
+#else
+constexpr int kFewestCtas = 0;
+#endif
 
-// A thread takes blocks threadIdx.x, + blockDim.x, ... of its row. It holds the first kHeld between the two
-// passes over them; with kMostHeld more may follow, and those it reads twice.
+// A thread holds the first kHeld of its blocks between the two passes over them; with kMostHeld more may
+// follow, and those it reads twice.
 template <int kHeld, class Source>
 __global__ void __launch_bounds__(kMostThreads, kFewestCtas<kHeld, Source>)
     quantize_rows_kernel(bool early, Source source, QuantizedRows out) {
   start(early);
   const int64_t mine = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t r = min(mine, out.R - 1);  // threads beyond the last row repeat it: a barrier wants everybody
-  const int beyond = kHeld == kMostHeld ? threadIdx.x + kHeld * blockDim.x : out.S;
+  const auto has = [&](int k) { return column(k) < out.S && (k < kHeld || kHeld == kMostHeld); };
   const auto row = source.row(r);
   typename Source::Raw raw[kHeld];
   decltype(row.block(raw[0])) held[kHeld];
   uint32_t tops[kHeld], top = 0;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i)  // all loads first
-    if (const int s = threadIdx.x + i * blockDim.x; s < out.S) raw[i] = row.load(s);
+  for (int k = 0; k < kHeld; ++k)  // all loads first
+    if (has(k)) raw[k] = row.load(k);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int s = threadIdx.x + i * blockDim.x;
-    if (s >= out.S) break;
-    held[i] = row.block(raw[i]);
-    tops[i] = largest(held[i]);
-    top = max(top, largest_finite(held[i], tops[i]));
+  for (int k = 0; k < kHeld && has(k); ++k) {
+    held[k] = row.block(raw[k]);
+    tops[k] = largest(held[k]);
+    top = max(top, largest_finite(held[k], tops[k]));
   }
-  for (int s = beyond; s < out.S; s += blockDim.x) {
-    const auto b = row.block(row.load(s));
+  for (int k = kHeld; has(k); ++k) {
+    const auto b = row.block(row.load(k));
     top = max(top, largest_finite(b, largest(b)));
   }
   const RowScale scale(row_scale(float_of(row_max(top))));
   if (threadIdx.x == 0) out.scale[r] = scale.scale;
 
   const SfPlace place = sf_place(out, r);
-  const auto finish = [&](const auto& b, uint32_t top, int s) {
-    place.store(s, quantize_block(b, top, scale, out.packed + (r * out.S + s) * 8));
+  uint8_t* packed = out.packed + (r * out.S + column(0)) * 8;
+  const auto finish = [&](const auto& b, uint32_t top, int k) {
+    place.store(k, quantize_block(b, top, scale, packed + static_cast<int64_t>(k) * blockDim.x * 8));
   };
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i)
-    if (const int s = threadIdx.x + i * blockDim.x; s < out.S) finish(held[i], tops[i], s);
-  for (int s = beyond; s < out.S; s += blockDim.x) {
-    const auto b = row.block(row.load(s));
-    finish(b, largest(b), s);
+  for (int k = 0; k < kHeld; ++k)
+    if (has(k)) finish(held[k], tops[k], k);
+  for (int k = kHeld; has(k); ++k) {
+    const auto b = row.block(row.load(k));
+    finish(b, largest(b), k);
   }
 }
 

@@ -1,0 +1,51 @@
+// Where quantized rows and their scales go.
+#pragma once
+#include "kernels.h"
+
+namespace nvfp4::cuda {
+
+struct QuantizedRows {  // R rows of S blocks
+  int64_t R;
+  int S;
+  uint8_t* packed;
+  uint8_t* sf;
+  float* scale;
+  SfGroups groups;
+};
+
+// A row's threads share its blocks: thread t has blocks t, t + blockDim.x, .. What follows points at its
+// first one; the k-th is k steps on.
+__device__ inline int column(int k) { return static_cast<int>(threadIdx.x + k * blockDim.x); }
+
+struct SfPlace {   // where a thread's scales go
+  uint8_t* first;  // null: nowhere, no expert has the row
+  int step;
+
+  __device__ void store(int k, uint8_t byte) const {
+    if (first) first[static_cast<int64_t>(k) * step] = byte;
+  }
+};
+
+// Every warp of a row finds it by itself: the atoms of the experts that end before the row, and which row of
+// its own expert it is.
+__device__ inline SfPlace sf_place(const QuantizedRows& out, int64_t r) {
+  if (!out.groups.offsets) return {out.sf + r * out.S + column(0), column(1) - column(0)};
+  int atoms = 0, local = -1;
+  const auto bounded = [&](int32_t x, int64_t least) {
+    return static_cast<int>(x < least ? least : x < out.R ? x : out.R);
+  };
+  for (int e = threadIdx.x % 32; e < out.groups.E; e += 32) {
+    const int begin = bounded(out.groups.offsets[e], 0), end = bounded(out.groups.offsets[e + 1], begin);
+    if (end <= r) atoms += (end - begin + 127) / 128;
+    if (begin <= r && r < end) local = static_cast<int>(r) - begin;
+  }
+  atoms = __reduce_add_sync(~0u, atoms);
+  local = __reduce_max_sync(~0u, local);
+  const SfLayout layout{1, out.S};
+  const int64_t atom = atoms + local / 128;
+  if (local < 0 || atom >= SfGroups::atom_rows(out.R, out.groups.E)) return {nullptr, 0};
+  return {out.sf + atom * layout.cosize() + layout.offset(local % 128, column(0)),
+          (column(1) - column(0)) / SfLayout::kAtomCols * SfLayout::kAtom};
+}
+
+}  // namespace nvfp4::cuda
