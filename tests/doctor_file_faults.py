@@ -209,6 +209,11 @@ def _(t, config):
     config["quantization_config"]["group_size"] = 128
 
 
+@plant("config-pattern", "re:(gate+)+", says="a repeat within a repeat")
+def _(t, config):
+    config["quantization_config"]["ignore"].append("re:(gate+)+")
+
+
 @plant("config-ignore", "*mlp.gaet")
 def _(t, config):
     config["quantization_config"]["ignore"].append("*mlp.gaet")

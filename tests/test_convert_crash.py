@@ -175,8 +175,9 @@ def start(source: Path, target: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "nvfp4_moe", "convert", str(source), str(target), "--shard-size", "5MB"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in shells' background jobs
+    )  # fmt: skip
 
 
 def wait_for_files(target: Path, count: int, process: subprocess.Popen) -> None:

@@ -9,14 +9,23 @@ from ..tensor import Mxfp4Tensor, Nvfp4Tensor
 ROWS_AT_ONCE = 256
 
 
-def compare(before: Mxfp4Tensor | Nvfp4Tensor, after: Nvfp4Tensor) -> dict:
+def compare_scales(halves: int, scales: dict[str, tuple[Tensor, Tensor]]) -> dict:
+    """A report line of what was renamed: codes and block scales are the same bytes, and a multiplier x that
+    is stored as 1 / x may be rounded. scales: {role: (before, after)}, multipliers as the two files say them
+    in float64, where the inverse of a float32 is exact enough to tell (two that differ do by 2^-47)."""
+    errors = {
+        role: abs(float(after / before) - 1) for role, (before, after) in scales.items() if before != after
+    }
+    rounded = {role: error for role, error in errors.items() if error > 2.0**-50}
+    return {"exact": "alpha" not in rounded, "halves": halves} | ({"rounded": rounded} if rounded else {})
+
+
+def compare(before: Mxfp4Tensor, after: Nvfp4Tensor) -> dict:
     """Matrices [N, K] -> a report line: exact, and where it is not, how far off.
 
     changed: half blocks with a value that is not the source's; relative_rms: of all values; spread: kmax -
     kmin over blocks that are not zero. A NaN exponent on a block of zeros is harmless, and counted."""
     halves = after.sf.numel()
-    if isinstance(before, Nvfp4Tensor):  # copied
-        return {"exact": True, "halves": halves}
     line = {"exact": True, "halves": halves, "alpha": float(after.alpha)}
     if stray := int((before.e8m0 == 0xFF).sum()):
         line["nan_scales_on_zeros"] = stray
