@@ -131,7 +131,7 @@ def _quantize_searching(
         for sf in _candidates(rows, scale, method):
             step = (sf.float() * scale[:, None])[..., None]
             code = e2m1_encode((rows / step).nan_to_num(0.0))
-            error = (e2m1_decode(code) * step - rows).square().sum(-1)
+            error = _block_sum((e2m1_decode(code) * step - rows).square())
             if best is None:
                 best = [error, sf.view(torch.uint8), code]
                 continue
@@ -143,6 +143,15 @@ def _quantize_searching(
         codes.append(best[2])
     packed = pack(torch.cat(codes).flatten(-2)).view(*w.shape[:-1], -1)
     return packed, torch.cat(sfs).view(torch.float8_e4m3fn).view(*w.shape[:-1], -1)
+
+
+def _block_sum(values: Tensor) -> Tensor:
+    """[.., 16] -> [..], in pairs: torch.sum has an order of its own on every device, so that ties between
+    scales would fall differently on a GPU."""
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]
 
 
 def _candidates(rows: Tensor, scale: Tensor, method: str):
