@@ -75,7 +75,9 @@ class Nvfp4Tensor:
         # four_over_six keeps room for 1.5 times the largest scale, so that the largest block may use 4 as
         # well
         reach = 6 * 256 if method == "four_over_six" else TENSOR_MAX
-        alpha = _finite_amax(w) / reach
+        amax = _finite_amax(w)
+        # by a tensor: for a division by a number CUDA multiplies with its inverse, and is an ulp off
+        alpha = amax / torch.full_like(amax, reach)
         if method == "amax":
             packed, sf = ops.quantize(w, alpha[..., None])
         else:
