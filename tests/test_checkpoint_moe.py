@@ -144,7 +144,7 @@ def test_an_input_scale_of_another_shape_or_type_is_an_error_where_it_is_used(va
     checkpoint = open_checkpoint(path)  # which needs none
     assert checkpoint.moe(MOE).w13.shape == (4, 192, 64)
     with pytest.raises(
-        CheckpointError, match=r"up_proj\.input_scale must be F32 or BF16 or F16 with 1 value"
+        CheckpointError, match=r"up_proj\.input_scale must be BF16 or F16 or F32 with 1 value"
     ):
         checkpoint.input_scale(UP)
     with pytest.raises(CheckpointError, match=r"up_proj\.input_scale must be"):

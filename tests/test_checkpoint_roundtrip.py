@@ -174,5 +174,5 @@ def test_the_configs_say_what_was_written(tiny, tmp_path):
 
 @pytest.mark.parametrize("form", ["modelopt-mixed", "modelopt-awq"])
 def test_what_the_target_cannot_say_is_refused(tiny, tmp_path, form):
-    with pytest.raises(CheckpointError, match=r"is FP8, which only|pre_quant_scale"):
+    with pytest.raises(CheckpointError, match=r"is F8_E4M3: other quantized weights|pre_quant_scale"):
         plan_conversion(tiny(form).path, "modelopt")

@@ -255,6 +255,18 @@ class TestRefuses:
         with pytest.raises(CheckpointError, match=why):
             plan_conversion(tmp_path / "source")
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.uint8])
+    def test_weights_that_are_quantized_in_another_way(self, dtype, tmp_path):
+        packed, e8m0 = random_pair()
+        more = {"a.o_proj.weight": torch.zeros(8, 64).to(dtype)}
+        if dtype == torch.uint8:  # no codes of ours: the reader would have missed their scales
+            more = {"a.o_proj.weight_packed": torch.zeros(8, 64, dtype=torch.int32)}
+        one_pair(tmp_path / "source", packed, e8m0, **more)
+        with pytest.raises(
+            CheckpointError, match=r"a\.o_proj\.weight(_packed)? is .*: other quantized weights"
+        ):
+            plan_conversion(tmp_path / "source")
+
     def test_to_write_over_anything(self, tmp_path):
         make(tmp_path / "source", "gpt-oss")
         plan = plan_conversion(tmp_path / "source")

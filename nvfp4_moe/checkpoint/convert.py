@@ -16,7 +16,7 @@ from ..formats import BLOCK
 from ..tensor import Mxfp4Tensor, Nvfp4Tensor
 from .dialects import MXFP4, Module
 from .fidelity import compare, compare_scales
-from .header import CheckpointError
+from .header import FLOATS, CheckpointError
 from .layouts import LAYOUTS, Layout, Planned, config_files, kv_cache, matrices
 from .names import fused_groups
 from .reader import Checkpoint, open_checkpoint
@@ -67,10 +67,13 @@ def _refuse(checkpoint: Checkpoint, modules: dict[str, Module], layout: Layout, 
             f"{path}: no MXFP4 weights, it is {name}: nothing to convert"
             + (", unless into the names `to` says" if modules else " (`nvfp4 quantize` takes BF16)")
         )
-    weights = ((n, i.dtype) for n, i in checkpoint.shards.tensors.items() if n.endswith(".weight"))
-    fp8 = next((name for name, dtype in weights if dtype == "F8_E4M3"), None)
-    if fp8 and layout.name != "deepseek-v4":
-        raise CheckpointError(f"{path}: {fp8} is FP8, which only DeepSeek-V4's config can say beside NVFP4")
+    plain = (name for name in checkpoint.plain() if name.endswith((".weight", ".weight_packed")))
+    other = next((n for n in plain if checkpoint.shards.tensors[n].dtype not in FLOATS), None)
+    if other and layout.name != "deepseek-v4":
+        raise CheckpointError(
+            f"{path}: {other} is {checkpoint.shards.tensors[other].dtype}: other quantized weights beside"
+            " NVFP4 are in no config but DeepSeek-V4's"
+        )
 
 
 def _layout(checkpoint: Checkpoint, to: str | None) -> Layout:

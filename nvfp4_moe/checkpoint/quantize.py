@@ -15,14 +15,13 @@ from torch import Tensor
 from ..formats import BLOCK
 from ..tensor import METHODS, Nvfp4Tensor
 from .claims import is_gpt_oss, model_types, text_config
-from .header import CheckpointError
+from .header import FLOATS, CheckpointError
 from .layouts import LAYOUTS, Layout, config_files, matrices
 from .names import STACKED, WITHIN_EXPERT, fused_groups, is_linear
 from .patterns import matches, refusal_of
 from .reader import Checkpoint, open_checkpoint
 from .rewrite import Job, Made, Plan, check_device, in_file_order, input_scale_for, left_behind
 
-FLOATS = ("BF16", "F16", "F32")
 COLUMNS = {"llama4", "llama4_text", "gpt_oss"}  # models that store stacked experts [E, K, N]
 
 
@@ -62,6 +61,10 @@ def plan_quantization(
     shards = checkpoint.shards
     if checkpoint.modules:
         raise CheckpointError(f"{source}: is {checkpoint.format.name} already (`nvfp4 convert` takes MXFP4)")
+    if checkpoint.claims.method:
+        raise CheckpointError(
+            f"{source}: quant_method is {checkpoint.claims.method}: only unquantized weights are read"
+        )
     weights, notes = _choose(checkpoint, layers, tuple(include), tuple(exclude))
     by_name = {w.name: w for w in weights}
     check_device(device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..tensor import Mxfp4Tensor, Nvfp4Tensor
 from .claims import METHODS, is_gpt_oss, read_claims
 from .dialects import GROUP, NVFP4, SUFFIXES, Module, check_multipliers, find_modules, refusal
-from .header import CheckpointError, no_collection
+from .header import FLOATS, CheckpointError, no_collection
 from .moe import MoeWeights, assemble, find_moe_layers
 from .shards import Shards
 
@@ -143,7 +143,7 @@ class Checkpoint:
         if role not in module.tensors:
             return None
         tensor = module.tensors[role]
-        check_multipliers(tensor, self.shards.tensors[tensor], module.experts, ("F32", "BF16", "F16"))
+        check_multipliers(tensor, self.shards.tensors[tensor], module.experts, FLOATS)
         value = self.shards[tensor].float().flatten()
         value = value.reciprocal() if module.dialect.inverse else value
         lead = () if module.experts is None else (module.experts,)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from ..checkpoint import Checkpoint, Shards
 from ..checkpoint.claims import METHODS, is_class, quantization, targets, text_config
 from ..checkpoint.dialects import DIALECTS, NVFP4
+from ..checkpoint.header import FLOATS
 from ..checkpoint.names import EXPERT, PART, WITHIN_EXPERT, is_linear
 from .faults import Collector
 
@@ -16,7 +17,6 @@ SCALES = tuple({s for d in DIALECTS for s in (d.scale, d.alpha, *d.input_scale) 
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 KV = re.compile(r"(.+?)\.(k_proj\.k_scale|v_proj\.v_scale|k_scale|v_scale|kv_scale|kv_cache_scale)")
 KV_OTHERS = ("k_bias", "v_bias", "q_scale", "prob_output_scale", "prob_scale", "output_scale")
-FLOATS = ("BF16", "F16", "F32")
 
 
 def check_index(shards: Shards, found: Collector) -> None:
