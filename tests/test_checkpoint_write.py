@@ -105,6 +105,13 @@ def test_tensors_come_in_any_order_and_from_any_memory_layout(tmp_path):
     assert_whole(tmp_path)
 
 
+def test_a_system_that_writes_a_little_at_a_time_is_asked_again(tmp_path, monkeypatch):
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, memoryview(data)[:7], offset))
+    write(tmp_path)
+    assert_whole(tmp_path)
+
+
 def test_side_files_may_be_paths(tmp_path):
     (tmp_path / "chat.jinja").write_text("hello")
     w = ShardWriter(tmp_path / "out", [], {"chat.jinja": tmp_path / "chat.jinja"})

@@ -144,6 +144,13 @@ class TestWhatItMakes:
         assert_same_bits(got.packed, packed[0])
         assert result.reports[gate]["exact"] and result.reports[gate]["nan_scales_on_zeros"] == 1
 
+    def test_reads_and_writes_in_the_order_of_the_source(self, tmp_path):
+        """Each job where its first tensor lies: disks read forward."""
+        make(tmp_path, "compressed-tensors-mxfp4", shards=5)
+        plan = plan_conversion(tmp_path)
+        firsts = [min(plan.shards.place(name) for name in job.reads) for job in plan.jobs]
+        assert firsts == sorted(firsts) and len(plan.modules) == 24
+
     def test_takes_side_files_along_and_no_other_weights(self, tmp_path):
         source = tmp_path / "source"
         make(source, "gpt-oss")
