@@ -240,6 +240,9 @@ class TestTheReport:
         e8m0[1][0, 0] = 150
         one_pair(tmp_path / "wide", packed, e8m0)
         assert surely_exact(tmp_path / "narrow") == (2, 2) and surely_exact(tmp_path / "wide") == (0, 2)
+        e8m0 = [torch.full_like(e, 253) for e in e8m0]  # alike, and beyond float32
+        one_pair(tmp_path / "high", packed, e8m0)
+        assert surely_exact(tmp_path / "high") == (0, 2)
         make(tmp_path / "oss", "gpt-oss")
         sure, total = surely_exact(tmp_path / "oss")
         assert sure == total == 2 * 2 * 4  # gate_up and down, 2 layers, 4 experts
