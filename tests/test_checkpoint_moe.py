@@ -82,6 +82,23 @@ def test_sizes_of_gate_up_and_down_fit(form, tiny, tmp_path):
         open_checkpoint(remade(truth, tmp_path, **shorter)).moe(prefix)
 
 
+def test_experts_of_different_kinds_are_an_error(tiny, tmp_path):
+    truth, mx = tiny("compressed-tensors-nvfp4"), tiny("compressed-tensors-mxfp4").tensors
+    gone = [n for n in truth.tensors if n.startswith(f"{UP}.")]
+    path = remade(truth, tmp_path / "a", drop=gone, **{n: mx[n] for n in mx if n.startswith(f"{UP}.")})
+    with pytest.raises(CheckpointError, match="experts differ in kind: mxfp4 and nvfp4"):
+        open_checkpoint(path).moe(MOE)
+    said = truth.config["quantization_config"]
+    weights_only = said["config_groups"]["group_0"] | {
+        "targets": ["re:.*experts.2"],
+        "input_activations": None,
+    }
+    groups = {"a": weights_only, "b": said["config_groups"]["group_0"]}
+    config = truth.config | {"quantization_config": said | {"config_groups": groups}}
+    with pytest.raises(CheckpointError, match="experts differ in compute: bf16 and nvfp4"):
+        open_checkpoint(remade(truth, tmp_path / "b", config=config)).moe(MOE)
+
+
 def test_gate_and_up_of_different_sizes_are_an_error(tiny, tmp_path):
     truth, half = tiny("modelopt"), {}
     for e in range(4):

@@ -163,6 +163,13 @@ class TestDoctor:
         code, out, _ = nvfp4("doctor", tmp_path / "clean")
         assert code == 2 and "truncated" in out
 
+    def test_the_bar_advances_by_what_is_new(self):
+        seen = []
+        progress = cli.doctor._advancing(lambda nbytes, total: seen.append((nbytes, total)))
+        for now in (10, 30, 60):
+            progress(now, 60)
+        assert seen == [(10, 60), (20, 60), (30, 60)]
+
     def test_the_environment(self, nvfp4):
         code, out, _ = nvfp4("doctor", "--json")
         assert code in (0, 1) and torch.__version__ in out

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..formats import BLOCK
 from ..tensor import Mxfp4Tensor, Nvfp4Tensor
+from .ahead import workers
 from .dialects import MXFP4, Module
 from .fidelity import compare, compare_scales
 from .header import FLOATS, CheckpointError
@@ -105,15 +106,23 @@ def surely_exact(source, progress: Callable[[int, int], None] = lambda now, tota
     checkpoint, sure, total = open_checkpoint(source), 0, 0
     modules = {name: m for name, m in checkpoint.modules.items() if m.kind == MXFP4}
     nbytes = sum(checkpoint.shards.tensors[m.tensors["e8m0"]].nbytes for m in modules.values())
-    for group in _groups(modules):
-        scales = [checkpoint.shards[m.tensors["e8m0"]].view(torch.uint8) for m in group]
-        rows = torch.cat([s.reshape(group[0].experts or 1, -1) for s in scales], 1)
-        low, high = rows.amin(1).int(), rows.amax(1).int()
-        sure += int(((high - low <= 17) & (high <= 252)).sum()) * len(group)
-        total += len(rows) * len(group)
-        progress(rows.numel(), nbytes)
-        checkpoint.shards.release()
+    groups = _groups(modules)
+    with workers() as pool:
+        for group, (exact, read) in zip(groups, pool.map(partial(_exact, checkpoint), groups), strict=True):
+            sure += exact * len(group)
+            total += (group[0].experts or 1) * len(group)
+            progress(read, nbytes)
     return sure, total
+
+
+def _exact(checkpoint: Checkpoint, group: list[Module]) -> tuple[int, int]:
+    """(experts whose exponents span at most 17, bytes read)"""
+    E = group[0].experts or 1
+    scales = [checkpoint.shards[m.tensors["e8m0"]].view(torch.uint8).reshape(E, -1) for m in group]
+    low = torch.stack([s.amin(1) for s in scales]).amin(0).int()
+    high = torch.stack([s.amax(1) for s in scales]).amax(0).int()
+    checkpoint.shards.release()
+    return int(((high - low <= 17) & (high <= 252)).sum()), sum(s.numel() for s in scales)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------

@@ -8,9 +8,7 @@ finds those of the shards that were finished.
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..formats import TENSOR_MAX
+from .ahead import run_ahead
 from .header import BITS, CheckpointError
 from .layouts import Planned
 from .shards import INDEX, Shards
@@ -27,7 +26,6 @@ from .writer import SHARD_BYTES, ShardWriter
 REPORT = "nvfp4-conversion.json"
 LINES = "nvfp4-conversion.jsonl"  # while unfinished
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl")
-MAX_WORKERS = 16
 WORST = 100  # modules that the report names
 RELEASE_BYTES = 256 << 20  # mapped source pages that may count as ours
 
@@ -173,7 +171,7 @@ def _write(shards: Shards, jobs: list[Job], writer: ShardWriter, reports: dict[s
     largest = max(file.stat().st_size for file in shards.files)
     most_mapped, mapped = min(RELEASE_BYTES, largest // 4), 0
     with open(writer.path / LINES, "a", encoding="utf-8") as lines:
-        for job, made in run_ahead(jobs):
+        for job, made in run_ahead((job, job.run) for job in jobs):
             for report in made.reports:
                 reports[report["module"]] = report
                 lines.write(json.dumps(report) + "\n")
@@ -185,25 +183,6 @@ def _write(shards: Shards, jobs: list[Job], writer: ShardWriter, reports: dict[s
                 shards.release()
                 mapped = 0
             progress(job.nbytes)
-
-
-def run_ahead(jobs: Iterable[Job]) -> Iterator[tuple[Job, Made]]:
-    """Jobs in order, with a few of the next ones under way: each on one thread, for many small parallel loops
-    wait for each other more than they work (ten times slower on a busy machine)."""
-    workers = min(os.cpu_count() or 1, MAX_WORKERS)
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = deque()
-        try:
-            for job in jobs:
-                waiting.append((job, pool.submit(job.run)))
-                if len(waiting) > workers:
-                    first, made = waiting.popleft()
-                    yield first, made.result()
-            while waiting:
-                first, made = waiting.popleft()
-                yield first, made.result()
-        finally:  # Ctrl-C among others
-            pool.shutdown(cancel_futures=True)
 
 
 def summarize(reports: Iterable[dict]) -> dict:

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, CheckpointError, Module
+from ..checkpoint.ahead import run_ahead
 from ..checkpoint.dialects import NVFP4
 from ..checkpoint.names import PART
 from .faults import Collector
@@ -90,14 +92,18 @@ def read_unit(checkpoint: Checkpoint, unit: Unit) -> tuple[Tensor, Tensor]:
     return weight.packed, (weight.sf if unit.nvfp4 else weight.e8m0).view(torch.uint8)
 
 
+def _read(checkpoint: Checkpoint, unit: Unit) -> tuple[Table, Tensor, Tensor]:
+    packed, scales = read_unit(checkpoint, unit)
+    return block_table(packed, scales), packed, scales
+
+
 def stream(
     checkpoint: Checkpoint, units: list[Unit], progress=None
 ) -> Iterator[tuple[Unit, Table, Tensor, Tensor]]:
     """(unit, its table, codes, scales), a unit at a time. progress(bytes done, bytes in all)."""
     total, done, held = sum(_nbytes(unit) for unit in units), 0, 0
-    for unit in units:
-        packed, scales = read_unit(checkpoint, unit)
-        table = block_table(packed, scales)
+    tasks = ((unit, partial(_read, checkpoint, unit)) for unit in units)
+    for unit, (table, packed, scales) in run_ahead(tasks):
         unit.dead = int(table.codes[[c for c in range(16) if c & 7]].sum()) == 0
         unit.exponents = None if unit.nvfp4 else exponents(table)
         yield unit, table, packed, scales
