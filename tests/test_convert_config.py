@@ -60,6 +60,15 @@ class TestTheKvCache:
             assert not said_by(tmp_path / to)["quantization_config"].get("kv_cache_scheme")
 
 
+def test_a_checkpoint_of_which_some_have_no_input_scale_says_weights_only(tiny, tmp_path):
+    """An engine that quantizes activations would read 0 for the others."""
+    truth = tiny("modelopt")
+    path = remade(truth, tmp_path / "in", drop=["model.layers.1.mlp.experts.2.up_proj.input_scale"])
+    for to in ("modelopt", "compressed-tensors"):
+        plan_conversion(path, to).run(tmp_path / to)
+        assert {m.compute for m in open_checkpoint(tmp_path / to).modules.values()} == {"bf16"}
+
+
 def test_what_an_inner_config_said_of_the_source_goes(tiny, tmp_path):
     """Models that see keep it in text_config."""
     truth = tiny("kimi-k3")
