@@ -1,11 +1,12 @@
 """`nvfp4 convert` on a synthetic checkpoint with DeepSeek-V4-Flash's names and shapes: MB/s and peak memory.
 
-    python bench/convert_checkpoint.py FOLDER [--gigabytes 2] [--shard-megabytes 512] [--keep]
+    python bench/convert_checkpoint.py FOLDER [--gigabytes 2] [--runs 3] [--device cuda]
 
 Experts are Gaussian in MXFP4 (I8 codes, E8M0 scales), attention and shared experts FP8; layers are added till
-the size is reached, experts 64 a layer. The conversion runs in a process of its own with the source's pages
-dropped from the page cache first; MB/s counts source bytes over its whole wall time, from the command to the
-last fsync. Peak memory is the process's largest resident set; beside it that of a process that only imports
+the size is reached, experts 64 a layer. A conversion runs in a process of its own with the source's pages
+dropped from the page cache first; MB/s counts source bytes over its whole wall time, from the command (with
+the start of Python and the import of torch) to the last fsync; the command's own line leaves the start out.
+Peak memory is the process's largest resident set; beside it that of a process that only imports
 the package.
 """
 
@@ -107,21 +108,28 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--shard-megabytes", type=int, default=512)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ..")
     parser.add_argument("--keep", action="store_true", help="do not delete the two checkpoints")
     args = parser.parse_args()
     source, target = args.folder / "source", args.folder / "target"
     if not source.exists():
         make(source, args.gigabytes, args.shard_megabytes * 10**6)
-    shutil.rmtree(target, ignore_errors=True)
     largest = max(f.stat().st_size for f in source.glob("*.safetensors")) / 1e6
     size = sum(f.stat().st_size for f in source.glob("*.safetensors")) / 1e6
     _, base = run([sys.executable, "-c", "import nvfp4_moe.cli"])
-    forget_pages(source)
-    limit = f"--shard-size={args.shard_megabytes}MB"
-    seconds, peak = run([sys.executable, "-m", "nvfp4_moe", "convert", str(source), str(target), limit])
+    options = [f"--shard-size={args.shard_megabytes}MB", f"--device={args.device}"]
     print(f"{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    print(f"{size:.0f} MB in {seconds:.1f} s: {size / seconds:.0f} MB/s")
-    print(f"peak resident set {peak:.0f} MB, {base:.0f} of it the import; largest shard {largest:.0f} MB")
+    print(f"{size:.0f} MB of input, largest shard {largest:.0f} MB, on {args.device}")
+    for _ in range(args.runs):
+        shutil.rmtree(target, ignore_errors=True)
+        forget_pages(source)
+        load = os.getloadavg()[0]
+        seconds, peak = run(
+            [sys.executable, "-m", "nvfp4_moe", "convert", str(source), str(target), *options]
+        )
+        print(f"{seconds:.1f} s: {size / seconds:.0f} MB/s with start-up; load before {load:.1f};"
+              f" peak resident set {peak:.0f} MB, {base:.0f} of it the import")  # fmt: skip
     if not args.keep:
         shutil.rmtree(source)
         shutil.rmtree(target)

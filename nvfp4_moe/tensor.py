@@ -75,7 +75,9 @@ class Nvfp4Tensor:
         # four_over_six keeps room for 1.5 times the largest scale, so that the largest block may use 4 as
         # well
         reach = 6 * 256 if method == "four_over_six" else TENSOR_MAX
-        alpha = _finite_amax(w) / reach
+        amax = _finite_amax(w)
+        # by a tensor: for a division by a number CUDA multiplies with its inverse, and is an ulp off
+        alpha = amax / torch.full_like(amax, reach)
         if method == "amax":
             packed, sf = ops.quantize(w, alpha[..., None])
         else:
@@ -131,7 +133,7 @@ def _quantize_searching(
         for sf in _candidates(rows, scale, method):
             step = (sf.float() * scale[:, None])[..., None]
             code = e2m1_encode((rows / step).nan_to_num(0.0))
-            error = (e2m1_decode(code) * step - rows).square().sum(-1)
+            error = _block_sum((e2m1_decode(code) * step - rows).square())
             if best is None:
                 best = [error, sf.view(torch.uint8), code]
                 continue
@@ -143,6 +145,15 @@ def _quantize_searching(
         codes.append(best[2])
     packed = pack(torch.cat(codes).flatten(-2)).view(*w.shape[:-1], -1)
     return packed, torch.cat(sfs).view(torch.float8_e4m3fn).view(*w.shape[:-1], -1)
+
+
+def _block_sum(values: Tensor) -> Tensor:
+    """[.., 16] -> [..], in pairs: torch.sum has an order of its own on every device, so that ties between
+    scales would fall differently on a GPU."""
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]
 
 
 def _candidates(rows: Tensor, scale: Tensor, method: str):

@@ -199,6 +199,12 @@ def _(t, config):
         del t[name]
 
 
+@plant("input-scale-missing", "model.layers.", form="compressed-tensors-nvfp4")
+def _(t, config):  # whose "dynamic": "local" means a static one for the tensor
+    for name in [name for name in t if name.endswith("input_global_scale")]:
+        del t[name]
+
+
 @plant("input-scale-bad", f"{DOWN}.input_scale")
 def _(t, config):
     t[f"{DOWN}.input_scale"] = torch.tensor(0.0)

@@ -105,6 +105,12 @@ def _(t, config):
         del t[name]
 
 
+@plant("expert-count", "model.layers.0.mlp.experts", says="3 of 4, missing 3")
+def _(t, config):
+    for name in [name for name in t if name.startswith("model.layers.0.mlp.experts.3.")]:
+        del t[name]
+
+
 @plant("expert-count", "model.layers.0.mlp.experts", says="4 of 3")
 def _(t, config):
     config["num_experts"] = 3
@@ -207,6 +213,11 @@ def _(t, config):
 @plant("config-group", "{path}", form="deepseek-v4-nvfp4", also={"config-ignore"})
 def _(t, config):
     config["quantization_config"]["group_size"] = 128
+
+
+@plant("config-pattern", "re:(gate+)+", says="a repeat within a repeat")
+def _(t, config):
+    config["quantization_config"]["ignore"].append("re:(gate+)+")
 
 
 @plant("config-ignore", "*mlp.gaet")

@@ -113,6 +113,15 @@ def test_a_header_length_that_lies_allocates_nothing(tmp_path, length):
         open_checkpoint(tmp_path)
 
 
+def test_a_header_beyond_the_limit_is_refused_unread(tmp_path):
+    """Of a file that is as long as it says: sparse, so that it costs nothing."""
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write((MAX_HEADER + 1).to_bytes(8, "little"))
+        file.truncate(2 * MAX_HEADER)
+    with pytest.raises(CheckpointError, match=f"at most {MAX_HEADER}"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_file_cut_anywhere_is_refused(tmp_path):
     write_file(tmp_path / "whole", {"a": torch.randn(3), "b": torch.zeros(2, dtype=torch.uint8)})
     whole = (tmp_path / "whole").read_bytes()

@@ -178,8 +178,13 @@ def test_a_nan_exponent_on_a_block_of_zeros_is_harmless(tiny, tmp_path):
     truth, name = tiny("compressed-tensors-mxfp4"), MODULE
     scale, packed = (truth.tensors[f"{name}.weight_{s}"].clone() for s in ("scale", "packed"))
     scale[1, 1], packed[1, 16:32] = 0xFF, 0x80
-    path = remade(truth, tmp_path, **{f"{name}.weight_scale": scale, f"{name}.weight_packed": packed})
-    assert open_checkpoint(path).weight(name).e8m0[1, 1] == 0xFF
+    changed = {f"{name}.weight_scale": scale, f"{name}.weight_packed": packed}
+    assert open_checkpoint(remade(truth, tmp_path / "a", **changed)).weight(name).e8m0[1, 1] == 0xFF
+    for i, one in enumerate((0x81, 0x10, 0x40)):  # a value in either half of a byte
+        packed[1, 31] = one
+        checkpoint = open_checkpoint(remade(truth, tmp_path / f"b{i}", **changed))
+        with pytest.raises(CheckpointError, match=r"NaN block scale \(0xFF\) at \[1, 1\], 1 of 192"):
+            checkpoint.weight(name)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])

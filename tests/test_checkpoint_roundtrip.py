@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from checkpoints import make
+from checkpoints import make, remade
 from compare import assert_same_bits
 
 from nvfp4_moe.checkpoint import CheckpointError, Shards, open_checkpoint
 from nvfp4_moe.checkpoint.convert import plan_conversion
+from nvfp4_moe.checkpoint.quantize import plan_quantization
 
 HOME = {"modelopt": "modelopt-nvfp4", "compressed-tensors": "compressed-tensors-nvfp4"}
 SAME = [
@@ -82,6 +83,69 @@ def test_powers_of_two_survive_every_change_of_names(tmp_path):
     assert_same_tensors(third.shards, first.shards)
 
 
+def test_what_the_inverse_rounds_is_measured_and_reported(tiny, tmp_path):
+    """1 / x in float32 is not x again: alphas, and input scales, are off by 2^-24 at most."""
+    source = open_checkpoint(tiny("modelopt").path)
+    result = plan_conversion(source.shards.path, "compressed-tensors").run(tmp_path / "out")
+    divisors, rounded = Shards(tmp_path / "out"), 0
+    for name in source.modules:
+        g = source.shards[f"{name}.weight_scale_2"].double()
+        error = abs(float(1 / divisors[f"{name}.weight_global_scale"].double() / g) - 1)
+        report = result.reports[name]
+        assert report["exact"] == (error == 0) and "relative_rms" not in report
+        assert report.get("rounded", {}).get("alpha", 0) == pytest.approx(error, abs=1e-15)
+        assert report["rounded"]["input_scale"] == pytest.approx(2.34e-8, rel=0.01)  # of 3 / 2688, in all
+        assert error <= 2.0**-24
+        rounded += error > 0
+    said = json.loads((tmp_path / "out/nvfp4-conversion.json").read_text())
+    assert said["rounded"] == rounded > 10 and said["exact"] == 24 - rounded and said["changed"] == 0
+    assert said["largest_rounding"] == max(
+        r["rounded"]["alpha"] for r in result.reports.values() if not r["exact"]
+    )
+    back = plan_conversion(tmp_path / "out", "modelopt").run(tmp_path / "back").reports
+    assert all("alpha" in r["rounded"] for r in back.values() if not r["exact"])
+
+
+def test_names_of_the_same_convention_round_nothing(tiny, tmp_path):
+    for form, to in SAME:
+        reports = plan_conversion(tiny(form).path, to).run(tmp_path / form).reports
+        assert all(r["exact"] and "rounded" not in r for r in reports.values()) and len(reports) > 5
+
+
+def test_no_other_divisor_reads_back_where_the_inverse_does_not():
+    """Every float32 of one binade: where 1 / (1 / x) is not x, the divisors next to 1 / x do not give x
+    either, so there is nothing better to store; and what is stored is off by 2^-24 at most."""
+    x = (torch.arange(2**23, dtype=torch.int32) + 0x3F800000).view(torch.float32)
+    inverse = x.reciprocal()
+    wrong = inverse.reciprocal() != x
+    assert 0.17 < wrong.float().mean() < 0.18
+    bits = inverse.view(torch.int32)
+    for step in (-1, 1):
+        assert not ((bits + step).view(torch.float32).reciprocal() == x)[wrong].any()
+    assert (x.double() * inverse.double() - 1).abs().max() <= 2.0**-24
+    assert (inverse.reciprocal() / x - 1).abs().max() < 1.2e-7
+
+
+@pytest.mark.parametrize("to", HOME)
+def test_a_matrix_of_zeros_has_a_scale_in_every_convention(tiny, tmp_path, to):
+    """Its alpha is 0, which has no inverse; compressed-tensors stores 1."""
+    name = "model.layers.0.mlp.experts.1.down_proj"
+    path = remade(tiny("bf16"), tmp_path / "in", **{f"{name}.weight": torch.zeros(64, 96).bfloat16()})
+    plan_quantization(path, to).run(tmp_path / "q")
+    for other in HOME:
+        result = plan_conversion(tmp_path / "q", other).run(tmp_path / other)
+        assert result.reports[name]["exact"]
+        weight = open_checkpoint(tmp_path / other).weight(name)
+        assert not weight.dequantize().any() and not (weight.packed & 0x77).any()
+
+
+def test_codes_under_an_alpha_of_zero_have_no_inverse(tiny, tmp_path):
+    name = "model.layers.0.mlp.experts.1.down_proj.weight_scale_2"
+    path = remade(tiny("modelopt"), tmp_path / "in", **{name: torch.tensor(0.0)})
+    with pytest.raises(CheckpointError, match="scale 0 has no float32 inverse"):
+        plan_conversion(path, "compressed-tensors").run(tmp_path / "out")
+
+
 @pytest.mark.parametrize("form", ["modelopt-llama4", "modelopt-gpt-oss"])
 def test_stacked_experts_are_written_one_by_one(tiny, tmp_path, form):
     source = open_checkpoint(tiny(form).path)
@@ -110,5 +174,5 @@ def test_the_configs_say_what_was_written(tiny, tmp_path):
 
 @pytest.mark.parametrize("form", ["modelopt-mixed", "modelopt-awq"])
 def test_what_the_target_cannot_say_is_refused(tiny, tmp_path, form):
-    with pytest.raises(CheckpointError, match=r"is FP8, which only|pre_quant_scale"):
+    with pytest.raises(CheckpointError, match=r"is F8_E4M3: other quantized weights|pre_quant_scale"):
         plan_conversion(tiny(form).path, "modelopt")

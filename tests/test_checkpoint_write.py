@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +105,13 @@ def test_tensors_come_in_any_order_and_from_any_memory_layout(tmp_path):
     assert_whole(tmp_path)
 
 
+def test_a_system_that_writes_a_little_at_a_time_is_asked_again(tmp_path, monkeypatch):
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, memoryview(data)[:7], offset))
+    write(tmp_path)
+    assert_whole(tmp_path)
+
+
 def test_side_files_may_be_paths(tmp_path):
     (tmp_path / "chat.jinja").write_text("hello")
     w = ShardWriter(tmp_path / "out", [], {"chat.jinja": tmp_path / "chat.jinja"})
@@ -149,14 +157,50 @@ def test_nothing_is_ever_overwritten(tmp_path):
 
 
 def test_an_unfinished_directory_of_another_plan_is_not_continued(tmp_path):
-    w = writer(tmp_path, source="model A, best")
-    w.add("t0", TENSORS["t0"])
+    with writer(tmp_path, source="model A, best") as w:
+        w.add("t0", TENSORS["t0"])
     for options in ({"source": "model A, hybrid"}, {"source": "model A, best", "max_shard_bytes": 100}):
         with pytest.raises(
             CheckpointError, match="unfinished conversion of another source or with other options"
         ):
             writer(tmp_path, **options)
     assert len(writer(tmp_path, source="model A, best").missing()) == 11
+
+
+def test_two_at_once_do_not_tear_each_others_files(tmp_path):
+    first = writer(tmp_path)
+    first.add("t0", TENSORS["t0"])
+    with pytest.raises(CheckpointError, match="another conversion is writing it"):
+        writer(tmp_path)
+    code = (
+        "import sys; from nvfp4_moe.checkpoint import ShardWriter\n"
+        "ShardWriter(sys.argv[1], [('a', 'U8', (1,))])"
+    )
+    other = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert "CheckpointError" in other.stderr and not list(tmp_path.glob("*a*.partial.partial"))
+    for name in TENSORS:
+        if name != "t0":
+            first.add(name, TENSORS[name])
+    first.close()
+    assert_whole(tmp_path)
+
+
+def test_a_writer_that_gave_up_lets_the_directory_go(tmp_path):
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir())) if descriptors.exists() else 0
+    with pytest.raises(CheckpointError, match="twice"), writer(tmp_path) as w:
+        w.add("t0", TENSORS["t0"])
+        w.add("t0", TENSORS["t0"])
+    assert not before or len(list(descriptors.iterdir())) == before
+    write(tmp_path)
+    assert_whole(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff", b'{"plan": 3}'])
+def test_a_journal_that_is_none_is_a_clear_error(tmp_path, text):
+    (tmp_path / JOURNAL).write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"nvfp4-unfinished\.json|another source or with other options"):
+        writer(tmp_path)
 
 
 def test_our_reader_refuses_an_unfinished_directory_by_name(tmp_path):
@@ -240,9 +284,9 @@ def test_a_crash_of_the_resumed_run_is_resumed_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["cut", "another file"])
 def test_a_finished_file_that_was_damaged_later_is_written_again(tmp_path, damage):
-    w = writer(tmp_path)
-    for name in ("t0", "t1"):
-        w.add(name, TENSORS[name])
+    with writer(tmp_path) as w:
+        for name in ("t0", "t1"):
+            w.add(name, TENSORS[name])
     done = next(tmp_path.glob("*.safetensors"))
     if damage == "cut":
         done.write_bytes(done.read_bytes()[:-1])

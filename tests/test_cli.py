@@ -163,6 +163,13 @@ class TestDoctor:
         code, out, _ = nvfp4("doctor", tmp_path / "clean")
         assert code == 2 and "truncated" in out
 
+    def test_the_bar_advances_by_what_is_new(self):
+        seen = []
+        progress = cli.doctor._advancing(lambda nbytes, total: seen.append((nbytes, total)))
+        for now in (10, 30, 60):
+            progress(now, 60)
+        assert seen == [(10, 60), (20, 60), (30, 60)]
+
     def test_the_environment(self, nvfp4):
         code, out, _ = nvfp4("doctor", "--json")
         assert code in (0, 1) and torch.__version__ in out
@@ -199,6 +206,56 @@ def test_bench_prints_a_line_for_each_size(nvfp4):
     assert code == 0 and [line.split()[:2] for line in out.splitlines()[2:]] == [
         ["1", "bf16"], ["1", "nvfp4"], ["3", "bf16"], ["3", "nvfp4"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--hidden", "100"], "must be a positive multiple of 16, got 100"),
+        (["--top-k", "300"], "`top_k` must be in 1 .. E = 128, got 300"),
+    ],
+)
+def test_bench_refuses_sizes_in_one_line(arguments, says):
+    with pytest.raises(SystemExit, match=f"^nvfp4 bench: .*{says}"):
+        cli.main(["bench", "--tokens", "1", "--device", "cpu", *arguments])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "1.5", "99999999999"])
+def test_bench_wants_positive_numbers(text, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", f"--tokens={text}"])
+    assert f"a positive number, got '{text}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize", "bench"])
+def test_a_device_that_is_not_there_is_one_line(command, nvfp4, tmp_path):
+    make(tmp_path / "source", "bf16" if command == "quantize" else "gpt-oss")
+    where = [] if command == "bench" else [tmp_path / "source", tmp_path / "target"]
+    code, out, err = nvfp4(command, *where, "--device", "cuda:99")
+    assert (
+        code == 2
+        and not out
+        and err.count("\n") == 1
+        and err.startswith(f"nvfp4 {command}: device 'cuda:99'")
+    )
+    assert not (tmp_path / "target").exists()
+
+
+def test_doctor_knows_before_it_reads_that_a_report_has_nowhere_to_go(nvfp4, tmp_path):
+    make(tmp_path / "clean", "modelopt")
+    for option in ("--html", "--png"):
+        code, out, err = nvfp4("doctor", tmp_path / "clean", option, tmp_path / "none/x")
+        assert code == 2 and not out and f"there is no folder {tmp_path}/none" in err and "reading" not in err
+
+
+def test_inspect_counts_what_is_there(nvfp4, tmp_path):
+    make(tmp_path, "gpt-oss")
+    facts = json.loads(nvfp4("inspect", tmp_path, "--json")[1])
+    assert facts["weights"] == f"{2 * 4 * 3 * 64 * 96:,} in 4 bits"
+    assert (
+        facts["by_type"]["U8"] == "78.3 kB"
+        and facts["MoE_layers"] == "2: model.layers.0.mlp .. model.layers.1.mlp"
+    )
 
 
 def test_a_closed_pipe_is_no_traceback(tmp_path):

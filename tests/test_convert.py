@@ -144,6 +144,18 @@ class TestWhatItMakes:
         assert_same_bits(got.packed, packed[0])
         assert result.reports[gate]["exact"] and result.reports[gate]["nan_scales_on_zeros"] == 1
 
+    def test_reads_and_writes_in_the_order_of_the_source(self, tmp_path):
+        """Each job where its first tensor lies: disks read forward."""
+        tensors = {}
+        for proj in ("q_proj", "o_proj", "k_proj"):  # q and k are one job
+            packed, e8m0, _ = mxfp4(torch.randn(8, 64))
+            tensors |= {f"a.{proj}.weight_packed": packed, f"a.{proj}.weight_scale": e8m0}
+            tensors[f"{proj[0]}_norm.weight"] = torch.ones(64)
+        write_directory(tmp_path, tensors, {}, shards=3)
+        plan = plan_conversion(tmp_path)
+        firsts = [min(plan.shards.place(name) for name in job.reads) for job in plan.jobs]
+        assert firsts == sorted(firsts) and plan.modules == ["a.q_proj", "a.k_proj", "a.o_proj"]
+
     def test_takes_side_files_along_and_no_other_weights(self, tmp_path):
         source = tmp_path / "source"
         make(source, "gpt-oss")
@@ -233,6 +245,9 @@ class TestTheReport:
         e8m0[1][0, 0] = 150
         one_pair(tmp_path / "wide", packed, e8m0)
         assert surely_exact(tmp_path / "narrow") == (2, 2) and surely_exact(tmp_path / "wide") == (0, 2)
+        e8m0 = [torch.full_like(e, 253) for e in e8m0]  # alike, and beyond float32
+        one_pair(tmp_path / "high", packed, e8m0)
+        assert surely_exact(tmp_path / "high") == (0, 2)
         make(tmp_path / "oss", "gpt-oss")
         sure, total = surely_exact(tmp_path / "oss")
         assert sure == total == 2 * 2 * 4  # gate_up and down, 2 layers, 4 experts
@@ -253,6 +268,18 @@ class TestRefuses:
     def test_a_source_without_mxfp4(self, form, why, tmp_path):
         make(tmp_path / "source", form)
         with pytest.raises(CheckpointError, match=why):
+            plan_conversion(tmp_path / "source")
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.uint8])
+    def test_weights_that_are_quantized_in_another_way(self, dtype, tmp_path):
+        packed, e8m0 = random_pair()
+        more = {"a.o_proj.weight": torch.zeros(8, 64).to(dtype)}
+        if dtype == torch.uint8:  # no codes of ours: the reader would have missed their scales
+            more = {"a.o_proj.weight_packed": torch.zeros(8, 64, dtype=torch.int32)}
+        one_pair(tmp_path / "source", packed, e8m0, **more)
+        with pytest.raises(
+            CheckpointError, match=r"a\.o_proj\.weight(_packed)? is .*: other quantized weights"
+        ):
             plan_conversion(tmp_path / "source")
 
     def test_to_write_over_anything(self, tmp_path):

@@ -50,6 +50,23 @@ def test_nothing_is_said_about_a_clean_checkpoint(form, seed, tmp_path):
     assert report.exit_code == 0
 
 
+def test_what_no_group_targets_need_not_be_quantized(tmp_path):
+    truth = checkpoints.make(tmp_path, "compressed-tensors-nvfp4")
+    said = truth.config["quantization_config"]
+    group = said["config_groups"]["group_0"]
+    for targets, faults in (
+        ([r"re:.*\.experts\."], set()),
+        ([r"re:.*\.experts\.", "*.q_proj"], {"not-quantized"}),
+    ):
+        groups = {"group_0": {**group, "targets": targets}}
+        config = {**truth.config, "quantization_config": {**said, "config_groups": groups, "ignore": []}}
+        checkpoints.write_directory(tmp_path, truth.tensors, config)
+        report = check_checkpoint(tmp_path)
+        assert {f.fault for f in report.findings} - KNOWN == faults
+        places = [p.name for f in report.findings if f.fault == "not-quantized" for p in f.places]
+        assert all(name.endswith("q_proj") for name in places) and len(places) == 2 * len(faults)
+
+
 def test_a_missing_directory_is_a_finding(tmp_path):
     report = check_checkpoint(tmp_path / "nowhere")
     assert [f.fault for f in report.findings] == ["unreadable"] and report.exit_code == 2

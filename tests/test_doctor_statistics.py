@@ -119,7 +119,8 @@ def test_histograms_count_everything():
     for histogram in drawn.values():
         assert len(histogram.edges) == len(histogram.counts) + 1
         assert list(histogram.edges) == sorted(histogram.edges)
-    assert sum(drawn["Block scales (E4M3)"].counts) == table.blocks
+    scales_drawn = drawn["Block scales (E4M3)"]
+    assert sum(scales_drawn.counts) == table.blocks and scales_drawn.edges[-1] == 9 > scales_drawn.edges[-2]
     ratios = drawn["Up's global scale over gate's"]
     assert sum(ratios.counts) == 4 and ratios.counts[0] == 1 and ratios.note == "2 of 4 pairs are equal"
     spread = drawn["MXFP4 exponent spread"]

@@ -174,6 +174,12 @@ def test_input_scales(scale, want):
     assert faults(pair_checks.check_input_scales, [unit(input_scale=scale)], False) == want
 
 
+def test_a_stacked_tensors_missing_scale_is_one_place():
+    found = Collector()
+    pair_checks.check_input_scales([unit("m.experts.down_proj", expert=e) for e in range(4)], False, found)
+    assert [p.name for f in found.findings() for p in f.places] == ["m.experts.down_proj"]
+
+
 def test_a_dynamic_scale_is_not_missing_unless_other_experts_have_one():
     alone, other = (unit(f"m.experts.{e}.up_proj", input_scale=s) for e, s in enumerate((None, 1e-3)))
     assert faults(pair_checks.check_input_scales, [alone], True) == set()

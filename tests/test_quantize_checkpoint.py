@@ -82,6 +82,14 @@ class TestChooses:
         with pytest.raises(CheckpointError, match="--layers linears"):
             plan_quantization(tmp_path)
 
+    def test_a_checkpoint_quantized_in_another_way_is_refused(self, tmp_path):
+        """Its FP8 layers would have lost their config, and been read as garbage."""
+        names = ["a.experts.0.w2.weight", "a.q_proj.weight"]
+        t = {names[0]: random_weight(16, 32), names[1]: torch.zeros(16, 32).to(torch.float8_e4m3fn)}
+        write_directory(tmp_path, t, {"quantization_config": {"quant_method": "fp8"}})
+        with pytest.raises(CheckpointError, match="quant_method is fp8: only unquantized weights are read"):
+            plan_quantization(tmp_path)
+
     def test_a_quantized_checkpoint_is_refused(self, tmp_path):
         make(tmp_path, "gpt-oss")
         with pytest.raises(CheckpointError, match="nvfp4 convert"):

@@ -1,14 +1,12 @@
 """What config.json and hf_quant_config.json claim about the quantization; never believed before the
 tensors."""
 
-import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from fnmatch import translate
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from .header import CheckpointError
+from .patterns import Entries
 
 # quant_method -> formats whose tensors may stand behind it
 METHODS = {
@@ -35,11 +33,16 @@ class Claims:
 
     def excludes(self, module: str) -> str | None:
         """The entry that says this module is not quantized, or None."""
-        return self._entries.first_match(module)
+        return self.exclusions.first_match(module)
 
     @cached_property
-    def _entries(self) -> "Entries":
+    def exclusions(self) -> Entries:
         return Entries(self.excluded)
+
+    @cached_property
+    def targets(self) -> Entries:
+        """Of all config_groups: one list, for what a list may cost is bounded."""
+        return Entries(t for group in self.groups for t in targets(group) if not is_class(t))
 
     def compute(self, module: str, kind: str, has_input_scale: bool) -> str:
         """nvfp4 | bf16 for one module, from the narrowest claim there is."""
@@ -51,7 +54,8 @@ class Claims:
             return "bf16" if str(layer["quant_algo"]).upper() in WEIGHTS_ONLY else "nvfp4"
         if self.algo in WEIGHTS_ONLY or self.weights_only:
             return "bf16"
-        group = next((g for g in self.groups if _targets(g, module)), None)
+        fitting = set(self.targets.every_match(module)) if self.groups else ()
+        group = next((g for g in self.groups if any(is_class(t) or t in fitting for t in targets(g))), None)
         if group is not None:
             activations = group.get("input_activations")
             return (
@@ -62,14 +66,34 @@ class Claims:
         return "nvfp4" if has_input_scale else "bf16"
 
 
+def text_config(config: dict) -> dict:
+    """Of a model that sees and hears as well: what it says about its language model."""
+    return _dict(config.get("text_config"))
+
+
+def quantization(config: dict) -> dict:
+    said = config.get("quantization_config") or text_config(config).get("quantization_config") or {}
+    if not isinstance(said, dict):
+        raise CheckpointError("config.json: quantization_config must be an object")
+    return said
+
+
+def is_gpt_oss(config: dict) -> bool:
+    """Its stacked experts have gate in rows 0::2 and up in rows 1::2. Nobody can tell from the numbers."""
+    return "gpt_oss" in model_types(config)
+
+
+def model_types(config: dict) -> set[str]:
+    types = config.get("model_type"), text_config(config).get("model_type")
+    return {t for t in types if isinstance(t, str)}
+
+
 def read_claims(config: dict, quant_config: dict | None) -> Claims:
     """config.json's quantization_config first; ModelOpt's old hf_quant_config.json fills what it leaves
     open."""
-    inner = config.get("text_config")
-    said = config.get("quantization_config") or (inner or {}).get("quantization_config") or {}
-    legacy = (quant_config or {}).get("quantization") or {}
-    if not isinstance(said, dict) or not isinstance(legacy, dict):
-        raise CheckpointError("config: quantization_config must be an object")
+    said, legacy = quantization(config), (quant_config or {}).get("quantization") or {}
+    if not isinstance(legacy, dict):
+        raise CheckpointError("hf_quant_config.json: quantization must be an object")
     method = said.get("quant_method") or ("modelopt" if legacy else None)
     claims = Claims(method=str(method).lower() if method else None)
     algo = said.get("moe_quant_algo") or said.get("quant_algo") or legacy.get("quant_algo")
@@ -91,46 +115,13 @@ def read_claims(config: dict, quant_config: dict | None) -> Claims:
     return claims
 
 
-class Entries:
-    """Names, globs and re:patterns of modules. A name fits every module that has it as a run of its parts, as
-    in vLLM and SGLang. Names are looked up and not searched: a model has 250,000 modules and 500 entries."""
-
-    def __init__(self, entries: Iterable[str]):
-        self.literal, self.patterns = set(), []
-        for entry in entries:
-            if entry.startswith("re:"):
-                with suppress(re.error):
-                    self.patterns.append(("", re.compile(entry[3:]), entry))
-            elif any(c in entry for c in "*?["):
-                start = re.split(r"[*?\[]", entry, maxsplit=1)[0]
-                self.patterns.append((start, re.compile(translate(entry)), entry))
-            else:
-                self.literal.add(entry)
-        self.first_parts = {name.split(".")[0] for name in self.literal}
-
-    def first_match(self, module: str) -> str | None:
-        if self.literal:
-            parts = module.split(".")
-            starts = [i for i, part in enumerate(parts) if part in self.first_parts]
-            runs = (".".join(parts[i:j]) for i in starts for j in range(i + 1, len(parts) + 1))
-            if found := next((run for run in runs if run in self.literal), None):
-                return found
-        hits = (entry for start, p, entry in self.patterns if module.startswith(start) and p.match(module))
-        return next(hits, None)
+def targets(group: dict) -> list[str]:
+    return _names(group.get("targets"))
 
 
-@lru_cache(1024)
-def _entry(entry: str) -> Entries:
-    return Entries([entry])
-
-
-def matches(entry: str, module: str) -> bool:
-    return _entry(entry).first_match(module) is not None
-
-
-def _targets(group: dict, module: str) -> bool:
-    # a target is a class (Linear), a name or a pattern; a class fits every quantized module
-    return any(t[:1].isupper() or matches(t, module) for t in _names(group.get("targets")))
+def is_class(target: str) -> bool:
+    """Linear, say, and no name or pattern: it fits every quantized module."""
+    return target[:1].isupper()
 
 
 def _ancestors(module: str) -> Iterable[str]:

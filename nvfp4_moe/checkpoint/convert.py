@@ -5,19 +5,23 @@ w1 and w3, q k v) shares it, wherever its shards are. Nothing is believed: every
 source, value by value, and the report says which half blocks changed and by how much.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..formats import BLOCK
 from ..tensor import Mxfp4Tensor, Nvfp4Tensor
+from .ahead import workers
 from .dialects import MXFP4, Module
-from .fidelity import compare
-from .header import CheckpointError
-from .layouts import LAYOUTS, Layout, Planned, config_files, fused_groups, linear_names
+from .fidelity import compare, compare_scales
+from .header import FLOATS, CheckpointError
+from .layouts import LAYOUTS, Layout, Planned, config_files, kv_cache, matrices
+from .names import fused_groups
 from .reader import Checkpoint, open_checkpoint
-from .rewrite import Job, Made, Plan, in_file_order
+from .rewrite import Job, Made, Plan, check_device, in_file_order, input_scale_for, left_behind
 
 METHODS = ("best", "hybrid", "requantize", "verbatim_midpoint", "verbatim_search")
 
@@ -36,18 +40,22 @@ def plan_conversion(
     left = tuple(m for m in checkpoint.modules if layout.name == "deepseek-v4" and m.startswith("mtp."))
     modules = {name: m for name, m in checkpoint.modules.items() if name not in left}
     _refuse(checkpoint, modules, layout, renames=to is not None)
-    scale = None if activation_amax is None else torch.tensor(activation_amax / 2688)
+    check_device(device)
+    scale = input_scale_for(activation_amax)
     jobs = [
         job for group in _groups(modules) for job in _jobs(checkpoint, group, layout, method, scale, device)
     ]
     made = [m for job in jobs for m in job.modules]
     owned = {t for m in modules.values() for t in m.tensors.values()}
-    plain = linear_names({n: i for n, i in checkpoint.shards.tensors.items() if n not in owned})
+    plain = matrices({n: i for n, i in checkpoint.shards.tensors.items() if n not in owned})
     configs = (checkpoint.shards.config, checkpoint.shards.quant_config)
     activations = scale is not None or all("input_scale" in m.tensors for m in modules.values())
     files = config_files(layout, *configs, made, plain, activations)
     options = {"to": layout.name, "method": method, "activation_amax": activation_amax}
-    notes = tuple(checkpoint.warnings)
+    notes = (*checkpoint.warnings, *left_behind(checkpoint.shards))
+    kv = kv_cache(*configs)
+    if kv not in (None, "FP8") and layout.name == "compressed-tensors":
+        notes += (f"the KV cache's {kv} is not carried over: compressed-tensors' config has no word for it",)
     if left:
         notes += (f"{len(left)} modules under mtp.* stay MXFP4, as engines expect them",)
     return Plan(checkpoint.shards, layout.name, in_file_order(checkpoint.shards, jobs), files, options, notes)
@@ -60,10 +68,13 @@ def _refuse(checkpoint: Checkpoint, modules: dict[str, Module], layout: Layout, 
             f"{path}: no MXFP4 weights, it is {name}: nothing to convert"
             + (", unless into the names `to` says" if modules else " (`nvfp4 quantize` takes BF16)")
         )
-    weights = ((n, i.dtype) for n, i in checkpoint.shards.tensors.items() if n.endswith(".weight"))
-    fp8 = next((name for name, dtype in weights if dtype == "F8_E4M3"), None)
-    if fp8 and layout.name != "deepseek-v4":
-        raise CheckpointError(f"{path}: {fp8} is FP8, which only DeepSeek-V4's config can say beside NVFP4")
+    plain = (name for name in checkpoint.plain() if name.endswith((".weight", ".weight_packed")))
+    other = next((n for n in plain if checkpoint.shards.tensors[n].dtype not in FLOATS), None)
+    if other and layout.name != "deepseek-v4":
+        raise CheckpointError(
+            f"{path}: {other} is {checkpoint.shards.tensors[other].dtype}: other quantized weights beside"
+            " NVFP4 are in no config but DeepSeek-V4's"
+        )
 
 
 def _layout(checkpoint: Checkpoint, to: str | None) -> Layout:
@@ -87,18 +98,31 @@ def _groups(modules: dict[str, Module]) -> list[list[Module]]:
     ]
 
 
-def surely_exact(source) -> tuple[int, int]:
+def surely_exact(source, progress: Callable[[int, int], None] = lambda now, total: None) -> tuple[int, int]:
     """(matrices that `best` converts without a change whatever their codes are, matrices in all), from the
-    scales alone, a 17th of the bytes. The rest may be exact too: blocks of zeros have no say."""
+    scales alone, a 17th of the bytes. The rest may be exact too: blocks of zeros have no say.
+
+    progress(bytes just read, bytes in all)."""
     checkpoint, sure, total = open_checkpoint(source), 0, 0
-    for group in _groups({name: m for name, m in checkpoint.modules.items() if m.kind == MXFP4}):
-        scales = [checkpoint.shards[m.tensors["e8m0"]].view(torch.uint8) for m in group]
-        rows = torch.cat([s.reshape(group[0].experts or 1, -1) for s in scales], 1)
-        low, high = rows.amin(1).int(), rows.amax(1).int()
-        sure += int(((high - low <= 17) & (high <= 252)).sum()) * len(group)
-        total += len(rows) * len(group)
-        checkpoint.shards.release()
+    modules = {name: m for name, m in checkpoint.modules.items() if m.kind == MXFP4}
+    nbytes = sum(checkpoint.shards.tensors[m.tensors["e8m0"]].nbytes for m in modules.values())
+    groups = _groups(modules)
+    with workers() as pool:
+        for group, (exact, read) in zip(groups, pool.map(partial(_exact, checkpoint), groups), strict=True):
+            sure += exact * len(group)
+            total += (group[0].experts or 1) * len(group)
+            progress(read, nbytes)
     return sure, total
+
+
+def _exact(checkpoint: Checkpoint, group: list[Module]) -> tuple[int, int]:
+    """(experts whose exponents span at most 17, bytes read)"""
+    E = group[0].experts or 1
+    scales = [checkpoint.shards[m.tensors["e8m0"]].view(torch.uint8).reshape(E, -1) for m in group]
+    low = torch.stack([s.amin(1) for s in scales]).amin(0).int()
+    high = torch.stack([s.amax(1) for s in scales]).amax(0).int()
+    checkpoint.shards.release()
+    return int(((high - low <= 17) & (high <= 252)).sum()), sum(s.numel() for s in scales)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------
@@ -161,7 +185,7 @@ def _planned(checkpoint: Checkpoint, layout: Layout, part: Part, scale: Tensor |
 
 
 def _run(checkpoint, group, expert, parts: list[Part], layout: Layout, method, scale, device) -> Made:
-    source = [checkpoint.weight(m.name, experts=expert) for m in group]
+    source = [checkpoint.rows_as_stored(m.name, experts=expert) for m in group]
     whole, result = source[0], source[0]
     if isinstance(whole, Mxfp4Tensor):
         if len(group) > 1:
@@ -175,16 +199,37 @@ def _run(checkpoint, group, expert, parts: list[Part], layout: Layout, method, s
     for i, part in enumerate(parts):
         alpha = result.alpha[i] if result.alpha.dim() else result.alpha  # [2]: gate and up have their own
         after = Nvfp4Tensor(result.packed[part.rows], _rows(result.sf, part.rows), alpha)
-        before = after
-        if isinstance(whole, Mxfp4Tensor):
-            before = Mxfp4Tensor(whole.packed[part.rows], whole.e8m0[part.rows])
-        tensors |= layout.stored(part.name, after, _input_scale(checkpoint, part.module, expert, scale))
+        tensors |= layout.stored(part.name, after, _input_scale(checkpoint, part.module, expert, i, scale))
         tensors |= _own_scalars(checkpoint, part, layout)
         bias = checkpoint.bias(part.module.name)
         if bias is not None:
             tensors[part.name + ".bias"] = (bias if expert is None else bias[expert])[part.rows]
-        reports.append({"module": part.name, **compare(before, after)})
+        if isinstance(whole, Mxfp4Tensor):
+            report = compare(Mxfp4Tensor(whole.packed[part.rows], whole.e8m0[part.rows]), after)
+        else:
+            report = _renaming(checkpoint, part, expert, i, layout, tensors)
+        reports.append({"module": part.name, **report})
     return Made(tensors, reports)
+
+
+def _renaming(
+    checkpoint: Checkpoint, part: Part, expert: int | None, i: int, layout: Layout, tensors
+) -> dict:
+    """A report line: what 1 / x did to the scalars."""
+    module, dialect, scales = part.module, layout.dialect, {}
+    for role, suffix in (("alpha", dialect.alpha), ("input_scale", dialect.input_scale[0])):
+        if role not in module.tensors:
+            continue
+        old = checkpoint.shards[module.tensors[role]].double()
+        old = old.reshape(module.experts or 1, -1) if old.numel() > 1 else old.reshape(1, 1)
+        old = old[(expert or 0) % len(old), i % old.shape[1]]
+        if not old:
+            continue  # a matrix of zeros
+        new = tensors[part.name + suffix].double().reshape(())
+        scales[role] = (
+            old.reciprocal() if module.dialect.inverse else old, new.reciprocal() if dialect.inverse else new
+        )  # fmt: skip
+    return compare_scales(part.N * module.shape[1] // BLOCK, scales)
 
 
 def _own_scalars(checkpoint: Checkpoint, part: Part, layout: Layout) -> dict[str, Tensor]:
@@ -203,8 +248,9 @@ def _rows(sf: Tensor, index) -> Tensor:
     return sf.view(torch.uint8)[index].view(torch.float8_e4m3fn)  # torch indexes bytes on every version
 
 
-def _input_scale(checkpoint: Checkpoint, module: Module, expert: int | None, scale: Tensor | None):
+def _input_scale(checkpoint: Checkpoint, module: Module, expert: int | None, part: int, scale: Tensor | None):
     if "input_scale" not in module.tensors:
         return scale
     own = checkpoint.input_scale(module.name)
-    return own[expert] if own.dim() else own
+    own = own[expert] if own.dim() else own
+    return own[part] if own.dim() else own  # [E, 2]: gate's and up's

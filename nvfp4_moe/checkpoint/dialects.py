@@ -7,6 +7,7 @@ a layout that is not in the table is refused and never guessed.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 from .header import CheckpointError, TensorInfo
 
@@ -138,7 +139,7 @@ def _module(base: str, dialect: Dialect, tensors: Mapping[str, TensorInfo], clai
     experts, N, K = _sizes(base, dialect, packed)
     group = _group(base, dialect, packed, scale, experts, N, K, claimed_group)
     if dialect.alpha:
-        _check_alpha(base, tensors[roles["alpha"]], experts)
+        check_multipliers(f"{base}: alpha", tensors[roles["alpha"]], experts, ("F32",))
     return Module(base, dialect.kind, "", experts, (N, K), group, roles, dialect)
 
 
@@ -183,14 +184,15 @@ def _group(base: str, dialect: Dialect, packed, scale, experts, N: int, K: int, 
     )
 
 
-def _check_alpha(base: str, info: TensorInfo, experts: int | None) -> None:
-    count = 1
-    for d in info.shape:
-        count *= d
-    allowed = {1} if experts is None else {1, experts, 2 * experts}
-    if info.dtype != "F32" or count not in allowed:
-        wanted = "1 value" if experts is None else f"1, {experts} or {2 * experts} values"
-        raise CheckpointError(f"{base}: alpha must be F32 with {wanted}, got {info.dtype} {list(info.shape)}")
+def check_multipliers(what: str, info: TensorInfo, experts: int | None, dtypes: tuple[str, ...]) -> None:
+    """One value, one for each expert, or [E, 2]: gate's and up's. Not [2, E], which holds as many."""
+    E, count = experts or 1, prod(info.shape)
+    pairs = experts is not None and tuple(d for d in info.shape if d != 1) == ((E, 2) if E > 1 else (2,))
+    if info.dtype not in dtypes or not (count in (1, E) or pairs):
+        wanted = "1 value" if experts is None else f"1 value, [{E}] or [{E}, 2]"
+        raise CheckpointError(
+            f"{what} must be {' or '.join(dtypes)} with {wanted}, got {info.dtype} {list(info.shape)}"
+        )
 
 
 def refusal(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Mapping[str, str]]) -> str | None:

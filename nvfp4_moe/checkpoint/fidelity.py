@@ -9,14 +9,23 @@ from ..tensor import Mxfp4Tensor, Nvfp4Tensor
 ROWS_AT_ONCE = 256
 
 
-def compare(before: Mxfp4Tensor | Nvfp4Tensor, after: Nvfp4Tensor) -> dict:
+def compare_scales(halves: int, scales: dict[str, tuple[Tensor, Tensor]]) -> dict:
+    """A report line of what was renamed: codes and block scales are the same bytes, and a multiplier x that
+    is stored as 1 / x may be rounded. scales: {role: (before, after)}, multipliers as the two files say them
+    in float64, where the inverse of a float32 is exact enough to tell (two that differ do by 2^-47)."""
+    errors = {
+        role: abs(float(after / before) - 1) for role, (before, after) in scales.items() if before != after
+    }
+    rounded = {role: error for role, error in errors.items() if error > 2.0**-50}
+    return {"exact": "alpha" not in rounded, "halves": halves} | ({"rounded": rounded} if rounded else {})
+
+
+def compare(before: Mxfp4Tensor, after: Nvfp4Tensor) -> dict:
     """Matrices [N, K] -> a report line: exact, and where it is not, how far off.
 
     changed: half blocks with a value that is not the source's; relative_rms: of all values; spread: kmax -
     kmin over blocks that are not zero. A NaN exponent on a block of zeros is harmless, and counted."""
     halves = after.sf.numel()
-    if isinstance(before, Nvfp4Tensor):  # copied
-        return {"exact": True, "halves": halves}
     line = {"exact": True, "halves": halves, "alpha": float(after.alpha)}
     if stray := int((before.e8m0 == 0xFF).sum()):
         line["nan_scales_on_zeros"] = stray
@@ -42,7 +51,7 @@ def compare(before: Mxfp4Tensor | Nvfp4Tensor, after: Nvfp4Tensor) -> dict:
 
 def _same_codes_and_scales(before: Mxfp4Tensor, after: Nvfp4Tensor) -> bool:
     """Without decoding a value: true for every tensor that was converted by copying its codes."""
-    if not torch.equal(before.packed, after.packed):
+    if not _same_bytes(before.packed, after.packed):
         return False
     want = _exact_scales(after.alpha)[before.e8m0.int()].repeat_interleave(MX_BLOCK // BLOCK, -1)
     differ = after.sf.view(torch.uint8) != want
@@ -50,6 +59,13 @@ def _same_codes_and_scales(before: Mxfp4Tensor, after: Nvfp4Tensor) -> bool:
         return True
     codes = after.packed.unflatten(-1, (-1, BLOCK // 2))[differ]
     return not (codes & 0x77).any()  # a half block of zeros may have any scale
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """[N, K/2], K a multiple of 32. Eight bytes at a time, torch compares five times as fast."""
+    if a.data_ptr() % 8 == b.data_ptr() % 8 == 0:
+        a, b = a.view(torch.int64), b.view(torch.int64)
+    return torch.equal(a, b)
 
 
 def _exact_scales(alpha: Tensor) -> Tensor:

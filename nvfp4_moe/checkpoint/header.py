@@ -46,6 +46,7 @@ DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "F4": torch.float4_e2m1fn_x2,
 }  # fmt: skip  (torch has no 6-bit types)
+FLOATS = ("BF16", "F16", "F32")  # of weights that are not quantized, and of scales
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAGICS = {
     b"PK\x03\x04": "a zip archive, as torch.save writes: pickled",

@@ -9,22 +9,22 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..formats import BLOCK
 from ..tensor import Nvfp4Tensor
-from .claims import matches
+from .claims import quantization, text_config
 from .dialects import DIALECTS, Dialect
 from .header import CheckpointError
+from .names import natural, starred
+from .patterns import matches
 
 Planned = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
-FUSED = (  # last parts of names that engines multiply at once
-    ("gate_proj", "up_proj"), ("w1", "w3"), ("q_proj", "k_proj", "v_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)  # fmt: skip
-FUSED_WITH = {name: names for names in FUSED for name in names}
 # as ModelOpt's export of that model says
 DEEPSEEK_V4_IGNORES = ("*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*")
+FP8_KV = {"dynamic": False, "num_bits": 8, "type": "float"}  # as ModelOpt says it in config.json
+CT_FP8_KV = {"strategy": "tensor", "symmetric": True}  # what compressed-tensors says besides
 # engines look for this name and refuse others
 PRODUCER = {"name": "modelopt", "version": "0.47.0 (as written by nvfp4_moe)"}
 
@@ -47,11 +47,13 @@ class Layout:
     def stored(
         self, module: str, weight: Nvfp4Tensor, input_scale: Tensor | None = None
     ) -> dict[str, Tensor]:
-        d = self.dialect
+        d, alpha = self.dialect, weight.alpha
+        if d.inverse and not alpha.any() and not (weight.packed & 0x77).any():
+            alpha = torch.ones_like(alpha)  # 0 has no inverse; for zeros 1 is what compressed-tensors writes
         tensors = {
             module + d.packed: weight.packed,
             module + d.scale: weight.sf,
-            module + d.alpha: self._scalar(module, weight.alpha),
+            module + d.alpha: self._scalar(module, alpha),
         }
         if input_scale is not None:
             tensors[module + d.input_scale[0]] = self._scalar(module, input_scale)
@@ -81,19 +83,6 @@ LAYOUTS = {
 }
 
 
-def fused_groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """Modules {name: (N, K)} that share an alpha, in the order of FUSED; every module stands in one group."""
-    groups: dict[tuple, list[str]] = {}
-    for name, (_, K) in shapes.items():
-        parent, _, last = name.rpartition(".")
-        key = (parent, FUSED_WITH[last], K) if last in FUSED_WITH else (name,)
-        groups.setdefault(key, []).append(name)
-    for key, group in groups.items():
-        if len(key) == 3:
-            group.sort(key=lambda name: key[1].index(name.rpartition(".")[2]))
-    return list(groups.values())
-
-
 # ---- configs --------------------------------------------------------------------------------------------
 
 
@@ -105,11 +94,10 @@ def config_files(
     ones; activations: input scales are stored, so engines may quantize activations too."""
     modules, plain = list(modules), list(plain)
     ignored = unquantized_patterns(modules, plain)
-    old = config.get("quantization_config") or {}
-    kv = ((quant_config or {}).get("quantization") or {}).get("kv_cache_quant_algo")
+    old, kv = quantization(config), kv_cache(config, quant_config)
     algo = "NVFP4" if activations else "W4A16_NVFP4"
     if layout.name == "compressed-tensors":
-        new = _compressed_tensors(ignored, activations, old.get("kv_cache_scheme"))
+        new = _compressed_tensors(ignored, activations, {**FP8_KV, **CT_FP8_KV} if kv == "FP8" else None)
     elif layout.name == "deepseek-v4":
         new = _deepseek_v4(old, modules, algo)
         new["ignore"] = [p for p in DEEPSEEK_V4_IGNORES if any(matches(p, name) for name in plain)]
@@ -117,8 +105,11 @@ def config_files(
         new = {"quant_method": "modelopt", "quant_algo": algo, "config_groups": _groups(activations)}
         new |= {"ignore": ignored, "producer": PRODUCER}
         if kv:
-            new["kv_cache_scheme"] = old.get("kv_cache_scheme") or kv
+            new["kv_cache_scheme"] = FP8_KV if kv == "FP8" else kv
     files = {"config.json": {**config, "quantization_config": new}}
+    if "quantization_config" in text_config(config):  # of the source's format
+        inner = {k: v for k, v in text_config(config).items() if k != "quantization_config"}
+        files["config.json"]["text_config"] = inner
     if layout.name == "modelopt":
         said = {
             "quant_algo": algo,
@@ -130,6 +121,17 @@ def config_files(
     return {name: json.dumps(content, indent=2).encode() + b"\n" for name, content in files.items()}
 
 
+def kv_cache(config: dict, quant_config: dict | None) -> str | None:
+    """How the KV cache is quantized, in ModelOpt's words (FP8, NVFP4, ..), whoever says it and how."""
+    said = ((quant_config or {}).get("quantization") or {}).get("kv_cache_quant_algo")
+    scheme = quantization(config).get("kv_cache_scheme")
+    if isinstance(scheme, dict) and not said:
+        kind = {"float": "FP", "int": "INT"}.get(scheme.get("type"), "")
+        return f"{kind}{scheme.get('num_bits')}"
+    said = said or scheme
+    return str(said).upper() if said else None
+
+
 def _groups(activations: bool) -> dict:
     scheme = {"num_bits": 4, "type": "float", "group_size": BLOCK, "dynamic": False}
     inputs = scheme if activations else None
@@ -137,8 +139,9 @@ def _groups(activations: bool) -> dict:
 
 
 def _deepseek_v4(old: dict, modules: list[str], algo: str) -> dict:
-    experts = sorted({re.sub(r"\.experts\..*", ".experts", m) for m in modules}, key=_natural)
+    experts = sorted({re.sub(r"\.experts\..*", ".experts", m) for m in modules}, key=natural)
     return {
+        "quant_method": "fp8",
         **old,
         "moe_quant_algo": algo,
         "quant_algo": "MIXED_PRECISION",
@@ -169,26 +172,19 @@ def _compressed_tensors(ignored: list[str], activations: bool, kv_cache_scheme) 
 
 def unquantized_patterns(modules: Iterable[str], plain: Iterable[str]) -> list[str]:
     """Unquantized modules with `*` for their numbers, or in full where `*` would hit a quantized one."""
-    taken = {_starred(m) for m in modules}
+    taken = {starred(m) for m in modules}
     taken_examples = {t.replace("*", "0") for t in taken}
     found: dict[str, None] = {}
     for name in plain:
-        star = _starred(name)
+        star = starred(name)
         clash = star in taken or any(matches(star, example) for example in taken_examples)
         found[name if clash else star] = None
-    return sorted(found, key=_natural)
+    return sorted(found, key=natural)
 
 
-def _starred(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _natural(name: str) -> list:
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
-
-
-def linear_names(tensors: Mapping) -> list[str]:
-    """Modules with a matrix `.weight`: what an engine may take for a quantized linear unless told."""
+def matrices(tensors: Mapping) -> list[str]:
+    """Modules with a matrix `.weight`: what an engine may take for quantized unless told. More than linears:
+    an embedding too many in an ignore list does no harm."""
     return [
         name.removesuffix(".weight")
         for name, info in tensors.items()

@@ -1,6 +1,5 @@
 """MoE blocks: which modules belong to one, and all its experts stacked as layers want them."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -10,10 +9,8 @@ from torch import Tensor
 from ..tensor import Mxfp4Tensor, Nvfp4Tensor
 from .dialects import Module
 from .header import CheckpointError
+from .names import EXPERT, PART, STACKED
 
-PART = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
-ONE = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
-STACKED = re.compile(r"(.+)\.experts\.(gate_up_proj|down_proj)|(.+)\.(mlp1_weight|mlp2_weight)")
 ROUTERS = ("gate", "router")  # Qwen, DeepSeek, Mixtral · gpt-oss, Llama 4
 SELECTION = ("gate.e_score_correction_bias", "e_score_correction_bias")
 
@@ -74,7 +71,7 @@ def find_moe_layers(modules: Mapping[str, Module]) -> dict[str, dict]:
     """prefix -> {(expert, part): module} for experts of their own, {part: module} for stacked ones."""
     layers: dict[str, dict] = {}
     for name in modules:
-        if m := ONE.fullmatch(name):
+        if m := EXPERT.fullmatch(name):
             layers.setdefault(m[1], {})[int(m[2]), PART[m[3]]] = name
         elif m := STACKED.fullmatch(name):
             layers.setdefault(m[1] or m[3], {})[
@@ -93,64 +90,85 @@ def assemble(checkpoint, prefix: str, parts: dict, experts: range | None) -> Moe
         raise CheckpointError(
             f"{scaled.tensors['pre_quant_scale']}: AWQ's scale of activations; no MoE layer here applies it"
         )
-    stack = _stacked if "gate_up" in parts else _gathered
-    fields = stack(checkpoint, prefix, parts, experts)
+    stacked = {isinstance(key, str) for key in parts}
+    if len(stacked) > 1:
+        raise CheckpointError(f"{prefix}.experts: some are stacked, some are stored one by one")
+    count = modules[0].experts if True in stacked else 1 + max(expert for expert, _ in parts)
+    wanted = range(count) if experts is None else experts
+    if wanted.step != 1 or not 0 <= wanted.start < wanted.stop <= count:
+        raise CheckpointError(f"{prefix}: experts must be a range within 0 .. {count}, got {experts}")
+    fields = (_stacked if True in stacked else _gathered)(checkpoint, prefix, parts, wanted)
+    _fit(prefix, fields)
     return MoeWeights(
-        compute=modules[0].compute, first_expert=experts.start if experts else 0,
+        compute=modules[0].compute, first_expert=wanted.start,
         **fields, **_router(checkpoint.shards, prefix, modules[0].dialect.name == "gpt-oss-mxfp4"),
     )  # fmt: skip
 
 
-def _gathered(checkpoint, prefix: str, parts: dict, experts: range | None) -> dict:
+def _fit(prefix: str, fields: dict) -> None:
+    (E, rows, H), down = fields["w13"].shape, fields["w2"].shape
+    I = rows // 2 if fields["gated"] else rows
+    if tuple(down) != (E, H, I):
+        raise CheckpointError(
+            f"{prefix}.experts: gate and up are [{E}, {I}, {H}], so down must be [{E}, {H}, {I}],"
+            f" got {list(down)}"
+        )
+    if (fields["w13_bias"] is None) != (fields["w2_bias"] is None):
+        raise CheckpointError(f"{prefix}.experts: gate and up have a bias and down none, or the other way")
+
+
+def _gathered(checkpoint, prefix: str, parts: dict, wanted: range) -> dict:
     """Experts stored one by one."""
-    count = 1 + max(expert for expert, _ in parts)
-    wanted = experts or range(count)
     gated = any(part == "gate" for _, part in parts)
     names = ("gate", "up", "down") if gated else ("up", "down")
     for expert in wanted:
         for part in names:
             if (expert, part) not in parts:
                 raise CheckpointError(
-                    f"{prefix}.experts.{expert}: {part} is missing; {count} experts are named"
+                    f"{prefix}.experts.{expert}: {part} is missing; others of {len(parts)} are there"
                 )
     loaded = {
         p: _same([checkpoint.weight(parts[e, p]) for e in wanted], f"{prefix}.experts.*: {p}") for p in names
     }
-    biases = {p: [checkpoint.bias(parts[e, p]) for e in wanted] for p in names}
-    for part in names[:-1]:
-        if loaded[part][0].shape[::-1] != loaded["down"][0].shape:
-            raise CheckpointError(
-                f"{prefix}: {part} is {list(loaded[part][0].shape)}, down is {list(loaded['down'][0].shape)}"
-            )
-    w13 = _cat([_stack(loaded[p]) for p in names[:-1]])
-    has_bias = biases["down"][0] is not None
-    w13_bias = torch.cat([torch.stack(biases[p]) for p in names[:-1]], -1).float() if has_bias else None
-    w2_bias = torch.stack(biases["down"]).float() if has_bias else None
+    if gated:
+        _same([loaded["gate"][0], loaded["up"][0]], f"{prefix}.experts.*: gate and up")
+    biases = [_biases([checkpoint.bias(parts[e, p]) for e in wanted], f"{prefix}: {p}") for p in names]
+    if sum(bias is None for bias in biases[:-1]) == 1 and gated:
+        raise CheckpointError(f"{prefix}.experts: gate has a bias and up none, or the other way")
     return {
-        "w13": w13,
+        "w13": _cat([_stack(loaded[p]) for p in names[:-1]]),
         "w2": _stack(loaded["down"]),
         "gated": gated,
-        "w13_bias": w13_bias,
-        "w2_bias": w2_bias,
+        "w13_bias": None if biases[0] is None else torch.cat(biases[:-1], -1),
+        "w2_bias": biases[-1],
     }
 
 
-def _stacked(checkpoint, prefix: str, parts: dict, experts: range | None) -> dict:
+def _biases(found: list[Tensor | None], what: str) -> Tensor | None:
+    """float32 [E, N]"""
+    if any(bias is None for bias in found):
+        if any(bias is not None for bias in found):
+            raise CheckpointError(f"{what}: some experts have a bias, some have none")
+        return None
+    return torch.stack(found).float()
+
+
+def _stacked(checkpoint, prefix: str, parts: dict, wanted: range) -> dict:
     """All experts in one tensor. gpt-oss interleaves gate and up rows; Llama 4 has gate rows, then up
     rows."""
-    if "down" not in parts:
-        raise CheckpointError(f"{prefix}.experts: down_proj is missing")
-    picked = slice(experts.start, experts.stop) if experts else None
-    gate_up, down = (checkpoint.weight(parts[p], experts=picked) for p in ("gate_up", "down"))
+    for part in ("gate_up", "down"):
+        if part not in parts:
+            raise CheckpointError(f"{prefix}.experts: {part}_proj is missing")
+    picked = slice(wanted.start, wanted.stop)
+    gate_up, down = (checkpoint.rows_as_stored(parts[p], experts=picked) for p in ("gate_up", "down"))
     w13_bias, w2_bias = (checkpoint.bias(parts[p]) for p in ("gate_up", "down"))
-    w13_bias, w2_bias = (None if b is None else b[picked or slice(None)] for b in (w13_bias, w2_bias))
+    w13_bias, w2_bias = (None if b is None else b[picked].float() for b in (w13_bias, w2_bias))
     if isinstance(gate_up, Nvfp4Tensor) and gate_up.alpha.dim() == 1:
         gate_up = replace(gate_up, alpha=gate_up.alpha[:, None].repeat(1, 2))
     if checkpoint.interleaves_gate_up(parts["gate_up"]):
         order = torch.arange(gate_up.packed.shape[1]).view(-1, 2).T.flatten()  # even rows, then odd rows
         gate_up = _map(gate_up, lambda rows: rows.view(torch.uint8)[:, order])
         w13_bias = None if w13_bias is None else w13_bias[:, order]
-    w13_bias, w2_bias = (None if b is None else b.float() for b in (w13_bias, w2_bias))
     return {"w13": gate_up, "w2": down, "gated": True, "w13_bias": w13_bias, "w2_bias": w2_bias}
 
 

@@ -5,7 +5,6 @@ Experts come one by one (`experts.3.up_proj.weight`) or stacked (`experts.gate_u
 and gpt-oss, [E, 2I, K] elsewhere); they are written one by one, under the names the readers know.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,20 +14,14 @@ from torch import Tensor
 
 from ..formats import BLOCK
 from ..tensor import METHODS, Nvfp4Tensor
-from .claims import matches
-from .header import CheckpointError
-from .layouts import LAYOUTS, Layout, config_files, fused_groups, linear_names
+from .claims import is_gpt_oss, model_types, text_config
+from .header import FLOATS, CheckpointError
+from .layouts import LAYOUTS, Layout, config_files, matrices
+from .names import STACKED, WITHIN_EXPERT, fused_groups, is_linear
+from .patterns import matches, refusal_of
 from .reader import Checkpoint, open_checkpoint
-from .rewrite import Job, Made, Plan, in_file_order
+from .rewrite import Job, Made, Plan, check_device, in_file_order, input_scale_for, left_behind
 
-FLOATS = ("BF16", "F16", "F32")
-EXPERT = re.compile(r"\.experts\.\d+\.")
-STACKED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
-# never by default: embeddings, heads, routers, norms, convolutions, and what projects to a handful of numbers
-NOT_LINEARS = re.compile(
-    r"(.+\.)?(\w*embed\w*|wte|wpe|(lm_)?head|\w*norm\w*|gate|router|classifier|score|shared_expert_gate"
-    r"|conv\w*|dt_proj|x_proj)"
-)
 COLUMNS = {"llama4", "llama4_text", "gpt_oss"}  # models that store stacked experts [E, K, N]
 
 
@@ -68,20 +61,26 @@ def plan_quantization(
     shards = checkpoint.shards
     if checkpoint.modules:
         raise CheckpointError(f"{source}: is {checkpoint.format.name} already (`nvfp4 convert` takes MXFP4)")
+    if checkpoint.claims.method:
+        raise CheckpointError(
+            f"{source}: quant_method is {checkpoint.claims.method}: only unquantized weights are read"
+        )
     weights, notes = _choose(checkpoint, layers, tuple(include), tuple(exclude))
     by_name = {w.name: w for w in weights}
-    scale = None if activation_amax is None else torch.tensor(activation_amax / 2688)
+    check_device(device)
+    scale = input_scale_for(activation_amax)
     jobs = [
         _job(checkpoint, [by_name[name] for name in group], layout, method, scale, device)
         for group in fused_groups({w.name: w.shape for w in weights})
     ]
     read = {w.tensor for w in weights}
-    plain = linear_names({name: info for name, info in shards.tensors.items() if name not in read})
+    plain = matrices({name: info for name, info in shards.tensors.items() if name not in read})
     files = config_files(
         layout, shards.config, shards.quant_config, by_name, plain, activation_amax is not None
     )
     options = {"to": to, "method": method, "modules": sorted(by_name), "activation_amax": activation_amax}
-    return Plan(shards, to, in_file_order(shards, jobs), files, options, (*checkpoint.warnings, *notes))
+    notes = (*checkpoint.warnings, *notes, *left_behind(shards))
+    return Plan(shards, to, in_file_order(shards, jobs), files, options, notes)
 
 
 def _choose(checkpoint: Checkpoint, layers: str, include, exclude) -> tuple[list[Weight], list[str]]:
@@ -89,8 +88,8 @@ def _choose(checkpoint: Checkpoint, layers: str, include, exclude) -> tuple[list
     chosen, notes, used = [], [], set()
     candidates = list(_candidates(checkpoint))
     for w in candidates:
-        expert = w.expert is not None or EXPERT.search(w.name) is not None
-        wanted = expert or (layers == "linears" and not NOT_LINEARS.fullmatch(w.name))
+        expert = w.expert is not None or WITHIN_EXPERT.search(w.name) is not None
+        wanted = expert or (layers == "linears" and is_linear(w.name))
         added = [p for p in include if matches(p, w.name)]
         removed = [p for p in exclude if matches(p, w.name)]
         used.update(added + removed)
@@ -101,6 +100,8 @@ def _choose(checkpoint: Checkpoint, layers: str, include, exclude) -> tuple[list
             continue
         chosen.append(w)
     for pattern in (*include, *exclude):
+        if why := refusal_of(pattern):
+            raise CheckpointError(f"pattern {pattern!r}: {why}")
         if pattern not in used:
             raise CheckpointError(f"{checkpoint.shards.path}: pattern {pattern!r} matches no weight")
     if not chosen:
@@ -115,8 +116,8 @@ def _candidates(checkpoint: Checkpoint) -> Iterable[Weight]:
         if info.dtype not in FLOATS:
             continue
         stacked = STACKED.fullmatch(name)
-        if stacked and len(info.shape) == 3:
-            yield from _stacked(checkpoint, name, stacked[1], stacked[2])
+        if stacked and stacked[1] and len(info.shape) == 3:
+            yield from _stacked(checkpoint, name, f"{stacked[1]}.experts", stacked[2])
         elif name.endswith(".weight") and len(info.shape) == 2:
             yield Weight(name.removesuffix(".weight"), name, info.shape)
 
@@ -129,7 +130,7 @@ def _stacked(checkpoint: Checkpoint, name: str, base: str, part: str) -> Iterabl
     halves = {"down_proj": slice(0, N)}
     if part == "gate_up_proj":
         halves = {"gate_proj": slice(0, N // 2), "up_proj": slice(N // 2, N)}
-        if "gpt_oss" in _model_types(checkpoint):
+        if is_gpt_oss(checkpoint.shards.config):
             halves = {"gate_proj": slice(0, N, 2), "up_proj": slice(1, N, 2)}
     for e in range(E):
         for proj, picked in halves.items():
@@ -139,10 +140,10 @@ def _stacked(checkpoint: Checkpoint, name: str, base: str, part: str) -> Iterabl
 
 def _stores_columns(checkpoint: Checkpoint, base: str) -> bool:
     """Whether stacked experts are [E, K, N]: the model's type tells, or else the hidden size."""
-    if COLUMNS & _model_types(checkpoint):
+    if COLUMNS & model_types(checkpoint.shards.config):
         return True
     config, info = checkpoint.shards.config, checkpoint.shards.tensors.get(f"{base}.gate_up_proj")
-    hidden = config.get("hidden_size", _text(config).get("hidden_size"))
+    hidden = config.get("hidden_size", text_config(config).get("hidden_size"))
     shape = info.shape if info else ()
     if hidden in shape[1:] and shape[1] != shape[2]:
         return shape[1] == hidden
@@ -150,16 +151,6 @@ def _stores_columns(checkpoint: Checkpoint, base: str) -> bool:
         f"{base}.gate_up_proj: [E, K, N] or [E, N, K]? Its shape is {list(shape)}, config.json's"
         f" hidden_size {hidden}"
     )
-
-
-def _model_types(checkpoint: Checkpoint) -> set:
-    config = checkpoint.shards.config
-    return {config.get("model_type"), _text(config).get("model_type")}
-
-
-def _text(config: dict) -> dict:
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else {}
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..tensor import Mxfp4Tensor, Nvfp4Tensor
-from .claims import METHODS, read_claims
-from .dialects import GROUP, NVFP4, SUFFIXES, Module, find_modules, refusal
-from .header import CheckpointError, no_collection
+from .claims import METHODS, is_gpt_oss, read_claims
+from .dialects import GROUP, NVFP4, SUFFIXES, Module, check_multipliers, find_modules, refusal
+from .header import FLOATS, CheckpointError, no_collection
 from .moe import MoeWeights, assemble, find_moe_layers
 from .shards import Shards
 
@@ -60,6 +60,15 @@ class Checkpoint:
         """Nvfp4Tensor or Mxfp4Tensor [.., N, K]; of a stacked module one expert [N, K] or several, if asked.
 
         check: scales that make no sense (NaN, negative, Inf) are an error that names the tensor."""
+        weight = self.rows_as_stored(name, check, experts)
+        # an alpha for each half, and no halves: only moe() and convert know which row is whose
+        halves = isinstance(weight, Nvfp4Tensor) and weight.alpha.dim() == weight.packed.dim() - 1
+        if halves and self.interleaves_gate_up(name):
+            raise CheckpointError(f"{name}: gate and up are interleaved, each with an alpha: use moe()")
+        return weight
+
+    def rows_as_stored(self, name: str, check: bool = True, experts: int | slice | None = None):
+        """weight(), whose alpha [.., 2] may be of interleaved rows."""
         module = self._module(name)
         if experts is not None and module.experts is None:
             raise CheckpointError(f"{name}: not stacked, so it has no expert {experts}")
@@ -68,7 +77,7 @@ class Checkpoint:
             sf = self._rows_of(module, "sf", experts, module.group)
             wider = module.group // GROUP[NVFP4]
             sf = sf.repeat_interleave(wider, -1) if wider > 1 else sf
-            alpha = self._multiplier(module, "alpha")
+            alpha = self.multiplier(name, "alpha")
             alpha = alpha if experts is None else alpha[experts]
             weight = Nvfp4Tensor(packed, sf.view(torch.float8_e4m3fn), alpha)
         else:
@@ -83,14 +92,12 @@ class Checkpoint:
 
     def input_scale(self, name: str) -> Tensor | None:
         """amax / 2688 of the calibration's activations, a multiplier; [] or one for each expert."""
-        module = self._module(name)
-        return self._multiplier(module, "input_scale") if "input_scale" in module.tensors else None
+        return self.multiplier(name, "input_scale")
 
     def interleaves_gate_up(self, name: str) -> bool:
-        """gpt-oss: gate is rows 0::2 and up rows 1::2. Nobody can tell from the numbers; the model's name
-        tells."""
+        """Whether gate is rows 0::2 and up rows 1::2."""
         module = self._module(name)
-        oss = module.dialect.name == "gpt-oss-mxfp4" or self.shards.config.get("model_type") == "gpt_oss"
+        oss = module.dialect.name == "gpt-oss-mxfp4" or is_gpt_oss(self.shards.config)
         return oss and name.endswith(("gate_up_proj", "mlp1_weight"))
 
     def plain(self) -> Iterable[str]:
@@ -130,9 +137,14 @@ class Checkpoint:
         lead = () if module.experts is None or isinstance(experts, int) else (-1,)
         return stored.reshape(*lead, N, K // per_byte)
 
-    def _multiplier(self, module: Module, role: str) -> Tensor:
-        """float32 [], [E] or [E, 2] (gate rows, up rows)."""
-        value = self.shards[module.tensors[role]].float().flatten()
+    def multiplier(self, name: str, role: str) -> Tensor | None:
+        """alpha or input_scale, float32 [], [E] or [E, 2] (gate rows, up rows)."""
+        module = self._module(name)
+        if role not in module.tensors:
+            return None
+        tensor = module.tensors[role]
+        check_multipliers(tensor, self.shards.tensors[tensor], module.experts, FLOATS)
+        value = self.shards[tensor].float().flatten()
         value = value.reciprocal() if module.dialect.inverse else value
         lead = () if module.experts is None else (module.experts,)
         if value.numel() == 1:
@@ -143,9 +155,9 @@ class Checkpoint:
         if module.kind == NVFP4:
             wrong = weight.sf.view(torch.uint8) >= 0x7F
             what, role = "a NaN or negative block scale", "sf"
-            stored = self.shards[module.tensors["alpha"]]
-            # 0 is a tensor of zeros; as a divisor it is none
-            if not (stored.isfinite() & (stored > 0 if module.dialect.inverse else stored >= 0)).all():
+            # of the whole module. 0 is a tensor of zeros; as a divisor, and if tiny, it has no inverse
+            alpha, stored = self.multiplier(module.name, "alpha"), self.shards[module.tensors["alpha"]]
+            if not (alpha.isfinite() & stored.isfinite() & (stored >= 0)).all():
                 got = stored.flatten()[:8].tolist()
                 raise CheckpointError(f"{module.tensors['alpha']}: must be finite and positive, got {got}")
         else:
@@ -209,3 +221,5 @@ class Checkpoint:
         if odd:
             more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
             self.warnings.append(f"{odd[0][0]}{more}: quantized, though config excludes it ({odd[0][1]})")
+        for entry, why in (self.claims.exclusions.refused | self.claims.targets.refused).items():
+            self.warnings.append(f"config: {entry[:100]!r} is not applied: {why}")

@@ -8,9 +8,7 @@ finds those of the shards that were finished.
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -18,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..formats import TENSOR_MAX
+from .ahead import run_ahead
 from .header import BITS, CheckpointError
 from .layouts import Planned
 from .shards import INDEX, Shards
@@ -26,7 +26,6 @@ from .writer import SHARD_BYTES, ShardWriter
 REPORT = "nvfp4-conversion.json"
 LINES = "nvfp4-conversion.jsonl"  # while unfinished
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl")
-MAX_WORKERS = 16
 WORST = 100  # modules that the report names
 RELEASE_BYTES = 256 << 20  # mapped source pages that may count as ours
 
@@ -112,10 +111,34 @@ def side_files(shards: Shards) -> dict[str, Path]:
     return found
 
 
+def left_behind(shards: Shards) -> tuple[str, ...]:
+    """A note about folders in the source, which are not copied: DeepSeek-V4's encoding and inference, say."""
+    folders = sorted(p.name for p in shards.path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return (f"folders of the source are not copied: {', '.join(folders)}",) if folders else ()
+
+
+def input_scale_for(activation_amax: float | None) -> Tensor | None:
+    """float32 [], a multiplier."""
+    if activation_amax is None:
+        return None
+    scale = torch.tensor(activation_amax / TENSOR_MAX)
+    if not (scale.isfinite() and scale >= torch.finfo(torch.float32).tiny):
+        raise CheckpointError(f"activation_amax must be a positive number, got {activation_amax}")
+    return scale
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CheckpointError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+
+
 def fingerprint(shards: Shards, options: dict) -> str:
-    """Of the source's files and the options: a resumed run must be the same run."""
+    """Of the source's files, its configs and the options: a resumed run must be the same run."""
     files = [(f.name, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in shards.files]
-    return hashlib.sha256(json.dumps([files, options], sort_keys=True).encode()).hexdigest()
+    told = json.dumps([files, shards.config, shards.quant_config, options], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def rewrite(
@@ -127,19 +150,28 @@ def rewrite(
         raise CheckpointError(f"{target}: source and target are the same directory")
     tensors = [entry for job in jobs for entry in job.plan]
     files, source = {**side_files(shards), **plan.files}, fingerprint(shards, plan.options)
-    writer = ShardWriter(target, tensors, files, max_shard_bytes, source)
-    missing, reports = set(writer.missing()), _read_lines(target / LINES)
+    with ShardWriter(target, tensors, files, max_shard_bytes, source) as writer:
+        missing, reports, todo = set(writer.missing()), _read_lines(target / LINES), []
+        for job in jobs:
+            finished = not any(name in missing for name, _, _ in job.plan)
+            if finished and all(m in reports for m in job.modules):
+                progress(job.nbytes)
+            else:
+                todo.append(job)
+        _write(shards, todo, writer, reports, progress)
+        summary = {"options": plan.options, **summarize(reports.values())}
+        writer.files[REPORT] = json.dumps(summary, indent=2).encode() + b"\n"
+        (target / LINES).unlink()
+        writer.close()
+    return Result(target, reports, len(list(target.glob("*.safetensors"))), len(jobs) - len(todo))
+
+
+def _write(shards: Shards, jobs: list[Job], writer: ShardWriter, reports: dict[str, dict], progress) -> None:
+    """A job's report reaches its file before its tensors do: one that is missing there is made again."""
     largest = max(file.stat().st_size for file in shards.files)
-    most_mapped = min(RELEASE_BYTES, largest // 4)
-    todo, mapped = [], 0
-    for job in jobs:
-        finished = not any(name in missing for name, _, _ in job.plan)
-        if finished and all(m in reports for m in job.modules):
-            progress(job.nbytes)
-        else:
-            todo.append(job)
-    with open(target / LINES, "a", encoding="utf-8") as lines:
-        for job, made in run_ahead(todo):
+    most_mapped, mapped = min(RELEASE_BYTES, largest // 4), 0
+    with open(writer.path / LINES, "a", encoding="utf-8") as lines:
+        for job, made in run_ahead((job, job.run) for job in jobs):
             for report in made.reports:
                 reports[report["module"]] = report
                 lines.write(json.dumps(report) + "\n")
@@ -151,39 +183,21 @@ def rewrite(
                 shards.release()
                 mapped = 0
             progress(job.nbytes)
-    summary = {"options": plan.options, **summarize(reports.values())}
-    writer.files[REPORT] = json.dumps(summary, indent=2).encode() + b"\n"
-    (target / LINES).unlink()
-    writer.close()
-    return Result(target, reports, len(list(target.glob("*.safetensors"))), len(jobs) - len(todo))
-
-
-def run_ahead(jobs: Iterable[Job]) -> Iterator[tuple[Job, Made]]:
-    """Jobs in order, with a few of the next ones under way: each on one thread, for many small parallel loops
-    wait for each other more than they work (ten times slower on a busy machine)."""
-    workers = min(os.cpu_count() or 1, MAX_WORKERS)
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = deque()
-        try:
-            for job in jobs:
-                waiting.append((job, pool.submit(job.run)))
-                if len(waiting) > workers:
-                    first, made = waiting.popleft()
-                    yield first, made.result()
-            while waiting:
-                first, made = waiting.popleft()
-                yield first, made.result()
-        finally:  # Ctrl-C among others
-            pool.shutdown(cancel_futures=True)
 
 
 def summarize(reports: Iterable[dict]) -> dict:
+    """exact, changed and rounded add up to the modules; rounded: only alpha, by the inverse of a float32."""
     reports = list(reports)
-    changed = sorted((r for r in reports if not r["exact"]), key=lambda r: -r["relative_rms"])
+    changed = sorted(
+        (r for r in reports if "relative_rms" in r and not r["exact"]), key=lambda r: -r["relative_rms"]
+    )
+    rounded = [r["rounded"]["alpha"] for r in reports if "alpha" in r.get("rounded", ())]
     return {
         "modules": len(reports),
-        "exact": len(reports) - len(changed),
+        "exact": len(reports) - len(changed) - len(rounded),
         "changed": len(changed),
+        "rounded": len(rounded),
+        "largest_rounding": max(rounded, default=0.0),
         "worst": changed[:WORST],
     }
 

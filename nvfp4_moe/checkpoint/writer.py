@@ -8,6 +8,7 @@ where the first one stopped.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -15,11 +16,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from .header import BITS, NAMES, CheckpointError, header_bytes, read_header
+from .header import BITS, NAMES, CheckpointError, header_bytes, parse_json, read_header
 from .shards import INDEX, JOURNAL
 
 SHARD_BYTES = 5 * 10**9  # Hugging Face's usual limit
@@ -31,6 +33,7 @@ class _Shard:
     path: Path
     tensors: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # name -> dtype, shape
     nbytes: int = 0
+    fd: int | None = None  # of the partial file
 
     def open(self) -> None:
         """Create the partial file at its whole length, header first."""
@@ -48,9 +51,14 @@ class _Shard:
 
     def finish(self) -> None:
         os.fsync(self.fd)
-        os.close(self.fd)
+        self.abandon()
         os.replace(self.path.with_name(self.path.name + PARTIAL), self.path)
         sync_directory(self.path.parent)
+
+    def abandon(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
 
     def is_done(self) -> bool:
         if not self.path.exists():
@@ -64,6 +72,7 @@ class _Shard:
 
 class ShardWriter:
     """plan: (name, safetensors dtype or torch dtype, shape) of every tensor, in the order they should lie.
+    `with ShardWriter(..) as writer` lets the directory go at the end, whatever happened.
 
     add() takes them in any order, but files stay open until they are full: keep to the plan's order. `files`
     holds what else the directory gets at the end (config.json, ..): name -> bytes, or a path to copy."""
@@ -102,7 +111,7 @@ class ShardWriter:
             raise CheckpointError(
                 f"{self.path}: {name!r} was planned as {dtype} {list(shape)}, got {got[0]} {list(got[1])}"
             )
-        if not hasattr(shard, "fd"):
+        if shard.fd is None:
             shard.open()
         if name not in shard.waiting:
             raise CheckpointError(f"{self.path}: {name!r} was added twice")
@@ -132,6 +141,15 @@ class ShardWriter:
         os.unlink(self.path / JOURNAL)
         sync_directory(self.path)
 
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Finished or not: another writer may go on."""
+        self._lock.close()
+        for shard in self._shards:
+            shard.abandon()
+
     def _index(self) -> bytes:
         where = {name: shard.path.name for name, shard in sorted(self._home.items())}
         total = sum(shard.nbytes for shard in self._shards)
@@ -141,7 +159,7 @@ class ShardWriter:
         self.path.mkdir(parents=True, exist_ok=True)
         journal = self.path / JOURNAL
         if journal.exists():
-            if json.loads(journal.read_bytes()).get("plan") != digest:
+            if parse_json(journal, journal.read_bytes(), JOURNAL).get("plan") != digest:
                 raise CheckpointError(
                     f"{self.path}: holds an unfinished conversion of another source or with other options:"
                     " delete the directory or choose another"
@@ -150,6 +168,23 @@ class ShardWriter:
             raise CheckpointError(f"{self.path}: not empty; nothing is ever overwritten")
         else:
             write_atomically(journal, json.dumps({"plan": digest}).encode())
+        self._lock = _locked(journal)
+
+
+def _locked(journal: Path) -> BinaryIO:
+    """Ours alone while it is open: two processes that write the same shards would tear each other's."""
+    file = open(journal, "rb")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samestat(os.fstat(file.fileno()), os.stat(journal))
+    except BlockingIOError:
+        mine = False
+    except OSError:  # a file system without locks
+        return file
+    if not mine:  # or another process wrote the journal after we had opened it
+        file.close()
+        raise CheckpointError(f"{journal.parent}: another conversion is writing it")
+    return file
 
 
 def logical_shape(tensor: Tensor) -> tuple[int, ...]:

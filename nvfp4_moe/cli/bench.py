@@ -6,8 +6,9 @@ import time
 import torch
 
 from .. import ops
+from ..checkpoint.rewrite import check_device
 from ..tensor import Nvfp4Tensor
-from .common import add_command
+from .common import add_command, positive
 
 EXAMPLES = """\
   nvfp4 bench                                     a Qwen3-30B-A3B layer on the CPU
@@ -18,16 +19,24 @@ EXAMPLES = """\
 
 def add_bench(commands) -> None:
     parser = add_command(commands, "bench", run, "what an MoE layer costs here", EXAMPLES)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=768)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--hidden", type=positive, default=2048)
+    parser.add_argument("--intermediate", type=positive, default=768)
+    parser.add_argument("--experts", type=positive, default=128)
+    parser.add_argument("--top-k", type=positive, default=8)
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[1, 8, 64])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each line")
 
 
 def run(args) -> int:
+    check_device(args.device)
+    try:
+        return _measure(args)
+    except (ValueError, RuntimeError) as error:  # sizes that the operators do not take
+        raise SystemExit(f"nvfp4 bench: {str(error).splitlines()[0]}") from None
+
+
+def _measure(args) -> int:
     H, I, E = args.hidden, args.intermediate, args.experts
     torch.manual_seed(0)
     with torch.inference_mode():

@@ -25,6 +25,12 @@ def size(text: str) -> int:
     return round(float(m[1]) * UNITS[m[2].upper()])
 
 
+def positive(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,9}", text):
+        raise argparse.ArgumentTypeError(f"a positive number, got {text!r}")
+    return int(text)
+
+
 def show_bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

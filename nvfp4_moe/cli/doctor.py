@@ -1,5 +1,6 @@
 """nvfp4 doctor: this machine, or a checkpoint."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -42,11 +43,7 @@ def run(args) -> int:
             print_environment(findings)
         return exit_code(findings)
     activations = _read_activations(args.activations) if args.activations else None
-    if args.html or args.png:
-        try:  # before reading for an hour
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise CheckpointError("--html and --png need matplotlib: pip install 'nvfp4-moe[plot]'") from None
+    _check_outputs([path for path in (args.html, args.png) if path])
     with progress_bar(f"reading {args.checkpoint.name}", 0) as advance:
         report = check_checkpoint(args.checkpoint, _advancing(advance), activations)
     if args.html:
@@ -58,6 +55,15 @@ def run(args) -> int:
     else:
         print_report(report)
     return report.exit_code
+
+
+def _check_outputs(paths: list[Path]) -> None:
+    """Before reading for an hour."""
+    for path in paths:
+        if not path.parent.is_dir():
+            raise CheckpointError(f"{path}: there is no folder {path.parent}")
+    if paths and importlib.util.find_spec("matplotlib") is None:
+        raise CheckpointError("--html and --png need matplotlib: pip install 'nvfp4-moe[plot]'")
 
 
 def _read_activations(path: Path) -> dict[str, float]:

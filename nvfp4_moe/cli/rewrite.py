@@ -68,7 +68,8 @@ def run_convert(args) -> int:
     plan = plan_conversion(args.source, args.to, args.method, args.activation_amax, args.device)
     if args.dry_run:
         _describe(plan, args)
-        sure, total = surely_exact(args.source)
+        with progress_bar(f"reading the scales of {args.source.name}", 0) as advance:
+            sure, total = surely_exact(args.source, advance)
         if total:
             print(f"exact by their exponents alone: {sure} of {total} matrices")
         return 0
@@ -121,6 +122,11 @@ def _summary(result: Result, verb: str) -> None:
     total = summarize(result.reports.values())
     if verb == "converting":
         print(f"{total['exact']} of {total['modules']} matrices kept every bit")
+        if total["rounded"]:
+            print(
+                f"{total['rounded']} kept codes and block scales, and their global scale but for the rounding"
+                f" of 1 / x: {total['largest_rounding']:.2g} at most"
+            )
     elif result.reports:
         mean = sum(r["relative_rms"] for r in result.reports.values()) / len(result.reports)
         print(f"{total['modules']} matrices; mean relative RMS error {100 * mean:.2f} %")

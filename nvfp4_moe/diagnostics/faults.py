@@ -235,6 +235,10 @@ FAULTS = {
         "config", ERROR, "the config's group_size is not the tensors'",
         "correct the config: 16 for NVFP4, 32 for MXFP4",
     ),
+    "config-pattern": Fault(
+        "config", WARNING, "patterns of the config's ignore list that are not applied",
+        "they may take for ever to match, or are none: write them without a repeat in a repeat",
+    ),
     "config-ignore": Fault(
         "config", INFO, "entries of the config's ignore list that match no module",
         "harmless, unless a name was meant to be protected: compare the spelling",

@@ -7,20 +7,16 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from ..checkpoint import Checkpoint, Shards
-from ..checkpoint.claims import METHODS, matches
+from ..checkpoint.claims import METHODS, is_class, quantization, targets, text_config
 from ..checkpoint.dialects import DIALECTS, NVFP4
-from ..checkpoint.moe import PART
+from ..checkpoint.header import FLOATS
+from ..checkpoint.names import EXPERT, PART, WITHIN_EXPERT, is_linear
 from .faults import Collector
 
 SCALES = tuple({s for d in DIALECTS for s in (d.scale, d.alpha, *d.input_scale) if s} | {"_scale_inv"})
-EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.\w+")
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 KV = re.compile(r"(.+?)\.(k_proj\.k_scale|v_proj\.v_scale|k_scale|v_scale|kv_scale|kv_cache_scale)")
 KV_OTHERS = ("k_bias", "v_bias", "q_scale", "prob_output_scale", "prob_scale", "output_scale")
-# the last part of the name of a linear layer that FP4 exporters quantize; embeddings, norms and routers are
-# not
-LINEAR = re.compile(r"\w+_proj|w[123]|gate_up_proj|fc[12]|dense_h_to_4h|dense_4h_to_h|in_proj|out_proj")
-FLOATS = ("BF16", "F16", "F32")
 
 
 def check_index(shards: Shards, found: Collector) -> None:
@@ -91,24 +87,24 @@ def _unquantized(checkpoint: Checkpoint) -> Iterable[str]:
         return
     if claims.algo and "NVFP4" not in claims.algo:
         return
-    named = [g["targets"] for g in claims.groups if isinstance(g.get("targets"), list)]
-    targets = [t for names in named for t in names if isinstance(t, str)]
+    named = [target for group in claims.groups for target in targets(group)]
+    every = not named or any(map(is_class, named))
     for name, info in checkpoint.shards.tensors.items():
         module, _, last = name.rpartition(".")
         linear = last == "weight" and info.dtype in FLOATS and len(info.shape) == 2
-        if not linear or not LINEAR.fullmatch(module.rpartition(".")[2]) or claims.excludes(module):
+        if not linear or not is_linear(module) or claims.excludes(module):
             continue
-        if not targets or any(t[:1].isupper() or matches(t, module) for t in targets):
+        if every or claims.targets.first_match(module):
             yield module
 
 
 def check_experts(checkpoint: Checkpoint, found: Collector) -> None:
     config = checkpoint.shards.config
-    config = config | (config.get("text_config") if isinstance(config.get("text_config"), dict) else {})
+    config = config | text_config(config)
     said = next((config[key] for key in EXPERT_COUNTS if isinstance(config.get(key), int)), None)
     blocks: dict[str, dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for name in checkpoint.shards.tensors:
-        if (match := EXPERT.fullmatch(name)) and match[3] in PART:
+        if match := EXPERT.fullmatch(name.rpartition(".")[0]):
             blocks[match[1]][int(match[2])][PART[match[3]]] = match[3]
     most = max((len(experts) for experts in blocks.values()), default=0)
     for prefix, experts in blocks.items():
@@ -165,8 +161,7 @@ def check_config(checkpoint: Checkpoint, found: Collector) -> None:
     found.ran.add("config")
     claims, path = checkpoint.claims, str(checkpoint.shards.path)
     config, legacy = checkpoint.shards.config, checkpoint.shards.quant_config
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    said = config.get("quantization_config") or inner.get("quantization_config") or {}
+    said = quantization(config)
     # gpt-oss as OpenAI published it has none, and its readers need none
     original = all(module.dialect.packed == ".blocks" for module in checkpoint.modules.values())
     if not said and not original:
@@ -189,11 +184,16 @@ def _ignored(checkpoint: Checkpoint, found: Collector) -> None:
     """Every entry of the ignore list against the modules that exist, whole or as a parent of what exists."""
     names = set()
     for tensor in checkpoint.shards.tensors:
-        expert = EXPERT.fullmatch(tensor)
-        if expert and expert[2] != "0":
+        expert = WITHIN_EXPERT.search(tensor)
+        if expert and expert[1] != "0":
             continue  # one expert stands for all
         parts = tensor.split(".")
         names |= {".".join(parts[:n]) for n in range(1, len(parts))}
-    for entry in checkpoint.claims.excluded:
-        if entry not in names and not any(matches(entry, name) for name in names):
+    entries, matched = checkpoint.claims.exclusions, set()
+    for name in names:
+        matched.update(entries.every_match(name))
+    for entry in dict.fromkeys(checkpoint.claims.excluded):
+        if entry in entries.refused:
+            found.add("config-pattern", entry[:200], entries.refused[entry])
+        elif entry not in matched:
             found.add("config-ignore", entry)

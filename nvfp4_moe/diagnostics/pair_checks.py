@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from statistics import median
 
+from ..checkpoint.names import QKV
 from .faults import Collector
 from .mx_checks import check_pair_spread
 from .scale_checks import NORMAL
@@ -12,7 +13,6 @@ from .units import Unit
 
 SAME = 1e-6  # relative: the float32 roundings of 1 / (1 / x)
 FAR = 0.25
-FUSED = (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("q_a_proj", "kv_proj"))
 # amax / 2688 or amax / 448 of what exporters write for want of data: amax 6 and 0.5, and the plain 1
 SENTINELS = {1 / 448: "6 / 2688", 0.5 / 2688: "0.5 / 2688", 1.0: "1"}
 SPREAD = 1e4  # input scales too large by this still cost nothing; by 1e6 they cost half of the signal
@@ -46,7 +46,7 @@ def check_pairs(units: list[Unit], found: Collector) -> list[float]:
         if len(unit.alpha) == 2 and not unit.dead:  # a stacked tensor with both halves' scales
             ratios += _ratio(unit.tensor("alpha"), *unit.alpha, found)
     for family in siblings(units).values():
-        for names in FUSED:
+        for names in QKV:
             there = [family[n] for n in names if n in family and family[n].nvfp4]
             _fused([unit for unit in there if _usable(unit.alpha[0])], found)
     return ratios

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, Module
+from ..checkpoint import Checkpoint, CheckpointError, Module
+from ..checkpoint.ahead import run_ahead
 from ..checkpoint.dialects import NVFP4
-from ..checkpoint.moe import PART
+from ..checkpoint.names import PART
 from .faults import Collector
 from .statistics import Exponents, Table, block_table, exponents
 
@@ -68,30 +69,32 @@ def find_units(checkpoint: Checkpoint, found: Collector) -> list[Unit]:
         inputs = _multipliers(checkpoint, module, "input_scale", found)
         for expert in range(module.experts) if module.experts is not None else (None,):
             mine = expert or 0
-            scale = inputs[min(mine, len(inputs) - 1)][0] if inputs else None
-            units.append(Unit(module, expert, alphas[min(mine, len(alphas) - 1)] if alphas else [], scale))
+            scale = inputs[mine][0] if inputs else None
+            units.append(Unit(module, expert, alphas[mine] if alphas else [], scale))
     return units
 
 
 def _multipliers(checkpoint: Checkpoint, module: Module, role: str, found: Collector) -> list[list[float]]:
-    """A row for each expert (or one row for all): one value, or gate's and up's."""
-    if role not in module.tensors:
+    """A row for each expert (or one row): one value, or gate's and up's."""
+    try:
+        value = checkpoint.multiplier(module.name, role)
+    except CheckpointError as error:
+        name, _, what = str(error).partition(" must be ")
+        found.add("wrong-layout", name, f"must be {what}")
         return []
-    info, experts = checkpoint.shards.tensors[module.tensors[role]], module.experts or 1
-    if prod(info.shape) not in (1, experts, 2 * experts) or info.dtype not in ("F32", "BF16", "F16"):
-        found.add("wrong-layout", module.tensors[role], f"a scale, {info.dtype} {list(info.shape)}")
-        return []
-    value = checkpoint.shards[module.tensors[role]].float().flatten()
-    value = value.reciprocal() if module.dialect.inverse else value
-    rows = module.experts if module.experts is not None and value.numel() > 1 else 1
-    return value.view(rows, -1).tolist()
+    return [] if value is None else value.reshape(module.experts or 1, -1).tolist()
 
 
 def read_unit(checkpoint: Checkpoint, unit: Unit) -> tuple[Tensor, Tensor]:
     """(packed uint8 [N, K/2], scale bytes uint8 [N, blocks]) of one unit; views of the file where its layout
     allows."""
-    weight = checkpoint.weight(unit.module.name, check=False, experts=unit.expert)
+    weight = checkpoint.rows_as_stored(unit.module.name, check=False, experts=unit.expert)
     return weight.packed, (weight.sf if unit.nvfp4 else weight.e8m0).view(torch.uint8)
+
+
+def _read(checkpoint: Checkpoint, unit: Unit) -> tuple[Table, Tensor, Tensor]:
+    packed, scales = read_unit(checkpoint, unit)
+    return block_table(packed, scales), packed, scales
 
 
 def stream(
@@ -99,9 +102,8 @@ def stream(
 ) -> Iterator[tuple[Unit, Table, Tensor, Tensor]]:
     """(unit, its table, codes, scales), a unit at a time. progress(bytes done, bytes in all)."""
     total, done, held = sum(_nbytes(unit) for unit in units), 0, 0
-    for unit in units:
-        packed, scales = read_unit(checkpoint, unit)
-        table = block_table(packed, scales)
+    tasks = ((unit, partial(_read, checkpoint, unit)) for unit in units)
+    for unit, (table, packed, scales) in run_ahead(tasks):
         unit.dead = int(table.codes[[c for c in range(16) if c & 7]].sum()) == 0
         unit.exponents = None if unit.nvfp4 else exponents(table)
         yield unit, table, packed, scales
