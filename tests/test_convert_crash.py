@@ -18,7 +18,7 @@ from nvfp4_moe import cli
 from nvfp4_moe.checkpoint import CheckpointError, open_checkpoint
 from nvfp4_moe.checkpoint.convert import plan_conversion
 
-ROOT = Path(__file__).parents[1]
+PACKAGE = Path(cli.__file__).parents[1]  # the one under test, perhaps installed
 SHARD = 30_000  # bytes: the tiny checkpoint becomes some ten files
 CALLS = ("open", "pwrite", "truncate", "fsync", "replace", "unlink")  # what changes the disk
 
@@ -173,7 +173,7 @@ def large(tmp_path_factory) -> Path:
 
 def start(source: Path, target: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "nvfp4_moe", "convert", str(source), str(target), "--shard-size", "5MB"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -223,7 +223,7 @@ def test_peak_memory_is_below_two_of_the_largest_files(tmp_path):
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "source"), str(tmp_path / "target")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) * 1024 < 2 * largest, done.stdout
