@@ -16,11 +16,12 @@ from nvfp4_moe import cli
 from nvfp4_moe.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = Path(cli.__file__).parents[1]  # the one under test, perhaps installed
 COMMANDS = ("doctor", "inspect", "convert", "quantize", "layout", "bench")
 
 
 def run(*args, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     command = [sys.executable, "-m", "nvfp4_moe", *map(str, args)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
 
@@ -264,7 +265,7 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "nvfp4_moe", "inspect", str(tmp_path), "--modules"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(
         command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
     )

@@ -18,7 +18,7 @@ from nvfp4_moe import cli
 from nvfp4_moe.checkpoint import CheckpointError, open_checkpoint
 from nvfp4_moe.checkpoint.convert import plan_conversion
 
-ROOT = Path(__file__).parents[1]
+PACKAGE = Path(cli.__file__).parents[1]  # the one under test, perhaps installed
 SHARD = 30_000  # bytes: the tiny checkpoint becomes some ten files
 CALLS = ("open", "pwrite", "truncate", "fsync", "replace", "unlink")  # what changes the disk
 
@@ -173,7 +173,7 @@ def large(tmp_path_factory) -> Path:
 
 def start(source: Path, target: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "nvfp4_moe", "convert", str(source), str(target), "--shard-size", "5MB"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in shells' background jobs
@@ -233,7 +233,7 @@ def test_peak_memory_is_below_two_of_the_largest_files(tmp_path):
         "assert cli.main(['convert', sys.argv[2], sys.argv[2] + '-out', '--shard-size', '65MB']) == 0\n"
         "print(status('VmHWM') - before)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     command = [sys.executable, "-c", code, str(small), str(source)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

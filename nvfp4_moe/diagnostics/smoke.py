@@ -48,6 +48,8 @@ def _calls() -> dict[str, tuple]:
         "dequantize": (packed, sf, scale, torch.float32),
         "remap_sf": (sf,),
         "unmap_sf": (reference.remap_sf(sf), T, H // 16),
+        "pack_sm90": w13[:2],
+        "unpack_sm90": (reference.pack_sm90(*w13[:2]), H),
         "mxfp4_to_nvfp4": (codes, exponents, "best"),
         "grouped_gemm": (x[rows], None, None, *w13, offsets),
         "linear": (x, *one, "nvfp4"),
@@ -61,8 +63,7 @@ def _calls() -> dict[str, tuple]:
 
 
 # Sums in another order may move a BF16 result by one unit, 2^-8 of it (and moe quantizes such a result again,
-# a
-# quarter of a value at worst, in a few of hundreds); a wrong scale, expert or half gives about 1.
+# a quarter of a value at worst, in a few of hundreds); a wrong scale, expert or half gives about 1.
 SUMS = {"grouped_gemm": 2.0**-7, "linear": 2.0**-7, "moe": 2.0**-5}
 
 
