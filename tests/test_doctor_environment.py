@@ -25,7 +25,7 @@ def test_a_sound_machine_passes_with_every_operator_on_every_device():
     found = rows_of()
     assert exit_code(found) == 0, [f for f in found if f.severity in ("warning", "error")]
     operators = [f.title.split(" on ")[0] for f in found if f.check == "operator" and " on cpu" in f.title]
-    assert operators == reference.__all__ and len(operators) == 15
+    assert operators == reference.__all__ and len(operators) == 17
     assert {f.check for f in found} >= {"torch", "library", "plan", "operator"}
     json.dumps([f.to_dict() for f in found])
 
