@@ -5,7 +5,7 @@ Of vLLM 0.33's wheel _moe_C has routing, alignment and un-permutation, _C has si
 is compiled for Blackwell alone."""
 
 import torch
-from peers_vllm import align, library
+from peers_vllm import align, operators
 from torch import Tensor
 
 BLOCK = 16
@@ -79,13 +79,13 @@ def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def vllm_swiglu(x: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    library("_C").silu_and_mul(out, x)
+    operators("_C").silu_and_mul(out, x)
     return out
 
 
 def vllm_combine(y: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     out = y.new_empty(len(slots), y.shape[1])
-    library().moe_unpermute(y, weights, slots, None, slots.shape[1], out)
+    operators().moe_unpermute(y, weights, slots, None, slots.shape[1], out)
     return out
 
 
@@ -93,7 +93,7 @@ def vllm_route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     T = len(logits)
     weights = logits.new_empty(T, k)
     ids, rows = (torch.empty(T, k, dtype=torch.int32, device="cuda") for _ in range(2))
-    library().topk_softmax(weights, ids, rows, logits, True, None, None)
+    operators().topk_softmax(weights, ids, rows, logits, True, None, None)
     return weights, ids
 
 

@@ -72,7 +72,7 @@ def grouped(layer: Layer, gemms: Gemms) -> Callable[[Tokens], Tensor]:
 
 
 def indexed(layer: Layer, gemms: Gemms) -> Callable[[Tokens], Tensor]:
-    peers_vllm.library()
+    peers_vllm.operators()
     names = "sorted_ids", "expert_ids", "num_tokens_padded"
 
     def places(t: Tokens, block: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ BLOCKS_PER_SM = 4  # most CTAs an SM, for the locks
 
 
 @functools.cache
-def library(name: str = "_moe_C"):
+def operators(name: str = "_moe_C"):
     """torch.ops._moe_C, or another of vLLM's; ImportError says why not."""
     spec = importlib.util.find_spec("vllm")
     folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -44,7 +44,7 @@ def align(ids: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor, Tensor
     sorted_ids = ids.new_empty(most)
     expert_ids = ids.new_empty(-(-most // block))
     count = ids.new_empty(1)
-    library().moe_align_block_size(ids, experts, block, sorted_ids, expert_ids, count, None, None)
+    operators().moe_align_block_size(ids, experts, block, sorted_ids, expert_ids, count, None, None)
     return sorted_ids, expert_ids, count
 
 
@@ -90,7 +90,7 @@ def padded(layer: Layer) -> tuple[Nvfp4Tensor, Nvfp4Tensor, int]:
 
 
 def make(layer: Layer) -> dict[str, Callable[[Tokens], Tensor]]:
-    moe, model = library(), layer.model
+    moe, model = operators(), layer.model
     first, second, I = padded(layer)
     first, second = marlin_weights(first), marlin_weights(second)
     processors = torch.cuda.get_device_properties(0).multi_processor_count

@@ -2,21 +2,15 @@
 (tests/cpp/blackwell.cpp); and mistakes in them, all of which must be caught."""
 
 import ctypes
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cases import epilogue_steps, lively, ragged_offsets, random_weights
+from simt import ROOT, build, in_namespace
 from test_gemm import check_groups
 
 from nvfp4_moe import formats, reference
 
-ROOT = Path(__file__).resolve().parents[1]
 GUARD = 1 << 20
 CUTLASS = (
     "cute/tensor.hpp",
@@ -111,34 +105,14 @@ def source(name: str, mistake: tuple[str, str] | None) -> str:
         assert text.count(mistake[0]) >= 1, f"the sources have changed, say it anew: {mistake[0]}"
         text = text.replace(*mistake)
     text += (ROOT / "tests/cpp/blackwell.cpp").read_text()
-    text = re.sub(r"#(pragma once|include).*", "", text)
-    text = text.replace("__shared__", "static")
-    text = re.sub(r"__global__ void __launch_bounds__\(\w+\)", "static void", text)
-    text = re.sub(r"(\w+)<<<(\w+), (\w+), 0, \w+>>>\(", r"launch(\2, \3, \1, ", text)
-    text = text.replace('extern "C" void run(', f'extern "C" void run_{name}(')
-    opened = f"namespace nvfp4::blackwell::{name} {{ using namespace simt; using std::max, std::min;"
-    return text.replace("namespace nvfp4::blackwell {", opened)
+    return in_namespace(name, text)
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    sys.path.insert(0, str(ROOT))
-    setup = pytest.importorskip("setup", reason="not a checkout")
-    cuda, cutlass = setup.CUDA_HOME, setup.cutlass_include()
-    if not (compiler and cuda and cutlass):
-        pytest.skip("no C++ compiler, or no CUDA and CUTLASS headers")
-    folder = tmp_path_factory.mktemp("cpp")
     parts = [source("as_it_is", None), *(source(f"mistake_{i}", m) for i, m in enumerate(MISTAKES.values()))]
-    before = ["tests/cpp/simt.h", "csrc/kernels/params.h"]
-    includes = [f'#include "{ROOT / path}"' for path in before]
-    includes += [f"#include <{path}>" for path in CUTLASS]
-    (folder / "blackwell.cpp").write_text("\n".join(includes + parts))
-    paths = [cutlass, f"{cuda}/include", f"{cuda}/include/cccl"]
-    command = [compiler, "-std=c++20", "-O1", "-w", "-fpermissive", "-ffp-contract=off", "-shared", "-fPIC"]
-    command += [*(f"-I{path}" for path in paths), folder / "blackwell.cpp", "-o", folder / "blackwell.so"]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(folder / "blackwell.so"))
+    headers = ['"tests/cpp/product.h"', *(f"<{path}>" for path in CUTLASS)]
+    return build(tmp_path_factory.mktemp("cpp"), headers, parts)
 
 
 def guarded(t):

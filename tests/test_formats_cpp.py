@@ -35,7 +35,7 @@ def header(tmp_path_factory):
         )
         return y
 
-    call.library = functions
+    call.functions = functions
     return call
 
 
@@ -107,7 +107,7 @@ def test_sf_offset_is_pythons(header):
     cols = 13
     rc = torch.cartesian_prod(torch.arange(700), torch.arange(cols))
     got = torch.empty(len(rc), dtype=torch.int64)
-    header.library.sf_offset(
+    header.functions.sf_offset(
         *map(ctypes.c_void_p, (rc.data_ptr(), got.data_ptr())), *map(ctypes.c_int64, (len(rc), cols))
     )
     assert torch.equal(got, formats.sf_offset(rc[:, 0], rc[:, 1], cols))

@@ -2,28 +2,20 @@
 with tests/cpp/warp.h in the place of ptx.cuh; and mistakes in it, all of which must be caught."""
 
 import ctypes
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cases import epilogue_steps, lively, ragged_offsets, random_weights
 from compare import assert_same_bits
+from simt import ROOT, build, in_namespace
 from test_blackwell_sources import guarded
 from test_gemm import check_groups
 
 from nvfp4_moe import formats, reference
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-setup = pytest.importorskip("setup", reason="not a checkout")
-
 HEADERS = ("blackwell/groups.h", "blackwell/set_up.cuh", "sm120/gemm.cuh")
-BEFORE = ("csrc/kernels/params.h", "tests/cpp/simt.h", "tests/cpp/warp.h")
+BEFORE = ("tests/cpp/product.h", "tests/cpp/warp.h")
 CUTLASS = ("cute/tensor.hpp", "cutlass/detail/sm100_blockscaled_layout.hpp")
 TILES = (32, 64, 128)
 # offsets, N, K: several tiles each way and more than an atom of tokens; more than 32 experts, some empty;
@@ -69,30 +61,15 @@ def source(name: str, mistake: tuple[str, str] | None) -> str:
     text += (ROOT / "tests/cpp/sm120_product.cpp").read_text()
     if mistake:  # one tile: the compiler's time
         text = re.sub(r"if \(sizes\[7\] == (64|128)\).*", "", text)
-    text = re.sub(r"#(pragma|include).*", "", text)
     text = re.sub(r"extern __shared__ .* memory\[\];", "uint8_t* memory = simt::shared_memory;", text)
-    text = text.replace("__shared__", "static").replace("__grid_constant__", "")
-    text = re.sub(r"__global__ void __launch_bounds__\(.*\)", "static void", text)
-    text = re.sub(r"(\w+)<<<(\w+), (\w+), 0, \w+>>>\(", r"launch(\2, \3, \1, ", text)
-    text = text.replace('extern "C" void run(', f'extern "C" void run_{name}(')
-    opened = f"namespace nvfp4::blackwell::{name} {{ using namespace simt; using std::max, std::min;"
-    return text.replace("namespace nvfp4::blackwell {", opened)
+    return in_namespace(name, text)
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    cuda, cutlass = setup.CUDA_HOME, setup.cutlass_include()
-    if not (compiler and cuda and cutlass):
-        pytest.skip("no C++ compiler, or no CUDA and CUTLASS headers")
-    folder = tmp_path_factory.mktemp("cpp")
-    parts = [f"#include <{path}>" for path in CUTLASS] + [f'#include "{ROOT / path}"' for path in BEFORE]
-    parts += [source("as_it_is", None), *(source(f"mistake_{i}", m) for i, m in enumerate(MISTAKES.values()))]
-    (folder / "sm120.cpp").write_text("\n".join(parts))
-    command = [compiler, "-std=c++20", "-O1", "-w", "-fpermissive", "-ffp-contract=off", "-shared", "-fPIC"]
-    command += [f"-I{path}" for path in (cutlass, f"{cuda}/include", f"{cuda}/include/cccl")]
-    subprocess.run([*command, folder / "sm120.cpp", "-o", folder / "sm120.so"], check=True)
-    return ctypes.CDLL(str(folder / "sm120.so"))
+    headers = [f"<{path}>" for path in CUTLASS] + [f'"{path}"' for path in BEFORE]
+    parts = [source("as_it_is", None), *(source(f"mistake_{i}", m) for i, m in enumerate(MISTAKES.values()))]
+    return build(tmp_path_factory.mktemp("cpp"), headers, parts)
 
 
 def product(run, tile, a, w, offsets, bias=None, R=None, b_sf=None, backwards=False, ctas=3):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 
 from ..formats import BLOCK
 
@@ -23,8 +24,8 @@ def fake(function):
             f"{name} is for inference only: call it under torch.no_grad() or torch.inference_mode()"
         )
 
-    torch.library.register_fake(name, function)
-    torch.library.register_autograd(name, refuse, setup_context=refuse)
+    register_fake(name, function)
+    register_autograd(name, refuse, setup_context=refuse)
     return function
 
 

@@ -14,17 +14,9 @@ void multiply_groups(const Groups& groups, const Epilogue& epilogue, int64_t E, 
   }
 }
 
-// Addresses and sizes as in blackwell.cpp, then the tile's tokens and the number of CTAs.
+// As in blackwell.cpp, then the tile's tokens and the number of CTAs.
 extern "C" void run(void** at, const int64_t* sizes) {
-  GemmParams p{};
-  p.a_packed = static_cast<uint8_t*>(at[0]), p.a_sf = static_cast<uint8_t*>(at[1]);
-  p.a_scale = static_cast<float*>(at[2]), p.a_scale_per_row = sizes[5] != 1;
-  p.b = static_cast<uint8_t*>(at[3]), p.b_sf = static_cast<uint8_t*>(at[4]);
-  p.alpha = static_cast<float*>(at[5]), p.bias = static_cast<float*>(at[6]);
-  p.offsets = static_cast<int32_t*>(at[7]), p.out = static_cast<bf16*>(at[8]);
-  p.R = sizes[0], p.N = sizes[1], p.K = sizes[2], p.E = sizes[3], p.alphas = sizes[4];
-  simt::backwards = sizes[6];
-
+  const GemmParams p = product_of(at, sizes);
   Groups groups;
   std::vector<uint64_t> arrays(Groups::carve(nullptr, p.E, groups) / sizeof(uint64_t));
   Groups::carve(reinterpret_cast<uint8_t*>(arrays.data()), p.E, groups);
