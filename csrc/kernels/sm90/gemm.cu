@@ -127,7 +127,6 @@ void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
                         p.activated,
                         static_cast<int>((rows + tile_rows - 1) / tile_rows),
                         steps,
-                        steps,
                         sf_strip,
                         (p.N + 127) / 128 * sf_strip,
                         reinterpret_cast<uint32_t*>(carried),

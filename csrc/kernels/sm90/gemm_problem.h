@@ -12,8 +12,7 @@ struct Problem {
   GemmParams p;
   bool gated;         // low rows from n, high rows from N/2 + n; else the tile's two halves follow each other
   int32_t row_tiles;  // tiles of weight rows
-  int32_t steps;      // ceil(K / 64)
-  int32_t sf_columns;           // ceil(K / 64): atoms of scales
+  int32_t steps;      // ceil(K / 64): of the MMAs, and atoms of scales
   int64_t sf_strip, sf_expert;  // bytes of scales of 128 rows, of an expert
   uint32_t* carried;  // [CTAs][Tile::kCarried][consumers]: accumulators of items that two CTAs share
   uint64_t* flags;    // [CTAs][warpgroups]: `launch` where they are there, else anything

@@ -1,4 +1,4 @@
-// The shapes a kernel comes in, as types: which one runs is chosen by the table in plan.h.
+// The shapes a kernel comes in, as types: which one runs is chosen by the table in gemm.cu.
 #pragma once
 #include <vector_types.h>
 

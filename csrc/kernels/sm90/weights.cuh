@@ -38,7 +38,7 @@ struct PlainWeights {
   __device__ __forceinline__ static void bring(Stage& stage, const Problem& problem, const CUtensorMap* map,
                                                int expert, const int (&rows)[2], int step, uint64_t* full) {
     const GemmParams& p = problem.p;
-    const uint32_t strip = min(kStageSteps, problem.sf_columns - step) * kSfColumnBytes;
+    const uint32_t strip = min(kStageSteps, problem.steps - step) * kSfColumnBytes;
     uint32_t strips = 0;
 #pragma unroll
     for (const int row : rows) {
