@@ -5,39 +5,39 @@
 
 namespace nvfp4::sm90 {
 
-struct Factors {  // of one weight row
-  float alpha, bias;
+struct Factors {      // of one weight row
+  float alpha, bias;  // alpha of accumulators: times kDecodedUnit
 };
 
-__device__ __forceinline__ Factors factors_of(const GemmParams& p, int expert, int n) {
-  if (n >= p.N) return {0.0f, 0.0f};
-  const int column = p.alphas == 1 ? 0 : p.alphas == 2 ? 2 * n >= p.N : n;
-  return {p.alpha[expert * p.alphas + column], p.bias ? p.bias[expert * p.N + n] : 0.0f};
-}
-
+// bf16((acc * alpha) * a_scale + bias); `plain`: there is neither a scale nor a bias.
+template <bool plain>
 __device__ __forceinline__ float finish(float sum, Factors f, float a_scale, const GemmParams& p) {
-  float y = sum * kDecodedUnit * f.alpha;
+  float y = sum * f.alpha;
+  if (plain) return y;
   if (p.a_scale) y = y * a_scale;
   return p.bias ? y + f.bias : y;
 }
 
 template <Act act>
-__device__ uint4 activated(const uint4& gate, const uint4& up, const GemmParams& p) {
-  const auto* g = reinterpret_cast<const bf16*>(&gate);
-  const auto* u = reinterpret_cast<const bf16*>(&up);
-  alignas(16) bf16 out[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    out[i] = to_bf16(activate<act>(to_float(g[i]), to_float(u[i]), p.act_alpha, p.limit));
-  return *reinterpret_cast<const uint4*>(out);
+__device__ __forceinline__ uint32_t activated(uint32_t gate, uint32_t up, const GemmParams& p) {  // a pair
+  const float low = activate<act>(float_of(gate << 16), float_of(up << 16), p.act_alpha, p.limit);
+  const float high =
+      activate<act>(float_of(gate & 0xffff0000u), float_of(up & 0xffff0000u), p.act_alpha, p.limit);
+  return to_bf16x2(low, high);
 }
-
+template <Act act>
+__device__ __forceinline__ uint4 activated(const uint4& gate, const uint4& up, const GemmParams& p) {
+  return {activated<act>(gate.x, up.x, p), activated<act>(gate.y, up.y, p), activated<act>(gate.z, up.z, p),
+          activated<act>(gate.w, up.w, p)};
+}
 __device__ __forceinline__ uint4 activated(const uint4& gate, const uint4& up, const GemmParams& p) {
   if (p.act == Act::silu) return activated<Act::silu>(gate, up, p);
   if (p.act == Act::swiglu_limit) return activated<Act::swiglu_limit>(gate, up, p);
   return activated<Act::swiglu_oai>(gate, up, p);
 }
 
+// Slice by slice of tokens, through shared memory: a warp's half tile of a unit, 8 rows, is 16 bytes of a
+// token there, its row of place row_of(g) at g.
 template <class Kernel>
 struct Epilogue {
   using T = typename Kernel::Tile;
@@ -46,88 +46,159 @@ struct Epilogue {
   const Item& item;
   int group, warp, lane;
 
-  static constexpr int kUnits = T::kUnits;
-  Factors factors[2][kUnits];  // under way while the tile is multiplied
+  static constexpr int kUnits = T::kUnits, kFactors = 16 * kUnits;  // rows of a warp
+  Factors factors[2][kUnits];
 
-  __device__ Epilogue(const Kernel& kernel, const Item& item, int group, int warp, int lane)
-      : kernel(kernel), p(kernel.p), item(item), group(group), warp(warp), lane(lane) {
+  __device__ __forceinline__ Epilogue(const Kernel& kernel, const Item& item)
+      : kernel(kernel), p(kernel.p), item(item) {
+    const uint32_t thread = thread_again();
+    group = static_cast<int>(thread / 128), warp = static_cast<int>(thread / 32 % 4);
+    lane = static_cast<int>(thread % 32);
+  }
+
+  // To shared memory, a row a lane, while the tile is multiplied: registers are short then.
+  __device__ __forceinline__ void bring_factors() const {
+    if (lane >= kFactors) return;
+    const int half = lane / (8 * kUnits), u = lane / 8 % kUnits;
+    const int n = kernel.half_row(item, half) + place_of(group * kUnits + u, warp, lane % 8);
+    const int column = p.alphas == 1 ? 0 : p.alphas == 2 ? 2 * n >= p.N : n;
+    copy_word(place_of_factor(lane), p.alpha + item.expert * p.alphas + column, n < p.N);
+    if (p.bias) copy_word(place_of_factor(lane) + 1, p.bias + item.expert * p.N + n, n < p.N);
+  }
+  __device__ __forceinline__ float* place_of_factor(int i) const {
+    return kernel.shared.factors[(group * 4 + warp) * kFactors + i];
+  }
+  __device__ __forceinline__ void take_factors() {
+    copies_wait();
+    __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u)
-        factors[half][u] = factors_of(
-            p, item.expert, kernel.half_row(item, half) + place_of(group * kUnits + u, warp, lane / 4));
-  }
-
-  // Where in its 64 bytes a warp's row of the half tile goes: the next product's order of K (decode.cuh), or
-  // the natural one.
-  __device__ __forceinline__ int position(int g) const {
-    const int place = row_of(g);
-    return p.out_in_k_order ? place % 4 * 8 + warp * 2 + place / 4 : warp * 8 + place;
-  }
-  // Column of piece i (8 values) of unit u, in either half.
-  __device__ __forceinline__ int64_t column(int u, int half, int i) const {
-    const int unit = group * kUnits + u;
-    const int first = kernel.problem.gated ? item.row_tile * T::kHalf : kernel.half_row(item, half);
-    return first + unit / 2 * 64 + (p.out_in_k_order ? unit % 2 * 32 + i * 8 : i * 16 + unit % 2 * 8);
+      for (int u = 0; u < kUnits; ++u) {
+        const float* from = place_of_factor((half * kUnits + u) * 8 + lane / 4);
+        factors[half][u] = {kDecodedUnit * from[0], p.bias ? from[1] : 0.0f};
+      }
   }
 
   template <int N, class Accumulators>
-  __device__ __forceinline__ void run(const Accumulators& acc, const uint32_t (&worst)[kUnits]) const {
-    const int g = lane / 4;
-    bool poisoned[2][kUnits];
+  __device__ __forceinline__ void run(const Accumulators& acc, const uint32_t (&worst)[kUnits]) {
+    take_factors();
+    poison(worst);
+    const bool plain = !p.a_scale && !p.bias;
+#pragma unroll 1
+    for (int first = 0; first < item.count; first += T::kSlice) {
+      const float a_scale = plain ? 1.0f : scale_of(first + lane);
+      sync_threads(1 + group, 128);  // the slice before is read
+#pragma unroll
+      for (int slice = 0; slice < N; slice += T::kSlice) {  // accumulators have fixed places
+        if (slice != first) continue;
+        if (plain)
+          stage<true, N>(acc, slice, a_scale);
+        else
+          stage<false, N>(acc, slice, a_scale);
+      }
+      sync_threads(1 + group, 128);
+      if (!kernel.problem.gated)
+        store<false, false>(first);
+      else if (p.out_in_k_order)
+        store<true, true>(first);
+      else
+        store<true, false>(first);
+    }
+  }
+
+  __device__ __forceinline__ void poison(const uint32_t (&worst)[kUnits]) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       uint32_t bytes = __vmaxu2(worst[u], __shfl_xor_sync(~0u, worst[u], 1));
       bytes = __vmaxu2(bytes, __shfl_xor_sync(~0u, bytes, 2));
-      poisoned[0][u] = (bytes & 0xffff) == kNaNScale;
-      poisoned[1][u] = bytes >> 16 == kNaNScale;
-    }
-    auto& staged = kernel.shared.out[group];
-#pragma unroll
-    for (int first = 0; first < N; first += T::kSlice) {
-      if (first >= item.count) break;
-      sync_threads(1 + group, 128);  // the slice before is read
-#pragma unroll
-      for (int t = 0; t < T::kSlice && first + t < N; t += 8)
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const int token = t + lane % 4 * 2 + b;
-          float a_scale = 1.0f;
-          if (p.a_scale && first + token < item.count)
-            a_scale = p.a_scale[p.a_scale_per_row ? kernel.source_row(item.first_row + first + token) : 0];
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int u = 0; u < kUnits; ++u) {
-              const float y = finish(acc[u]((first + t) / 2 + b + 2 * half), factors[half][u], a_scale, p);
-              reinterpret_cast<bf16*>(staged[half * kUnits + u][token])[position(g)] =
-                  to_bf16(poisoned[half][u] ? float_of(0x7fc00000u) : y);
-            }
-        }
-      sync_threads(1 + group, 128);
-      if (kernel.problem.gated)
-        store<1>(staged, first);
-      else
-        store<2>(staged, first);
+      if ((bytes & 0xffff) == kNaNScale) factors[0][u].alpha = float_of(0x7fc00000u);
+      if (bytes >> 16 == kNaNScale) factors[1][u].alpha = float_of(0x7fc00000u);
     }
   }
 
-  template <int halves, class Staged>  // 2: as they are; 1: the activation of low (gate) and high (up)
-  __device__ __forceinline__ void store(const Staged& staged, int first) const {
-    constexpr int kPieces = 4 * kUnits * halves;
-    const int64_t width = halves == 1 ? p.N / 2 : p.N;
-    const int tokens = min(T::kSlice, item.count - first);
-    for (int i = warp * 32 + lane; i < tokens * kPieces; i += 128) {
-      const int token = i / kPieces, plane = i % kPieces / 4, piece = i % 4;
-      const int64_t n = column(plane % kUnits, plane / kUnits, piece);
-      if (n >= width) continue;
-      uint4 values = *reinterpret_cast<const uint4*>(staged[plane][token] + piece * 16);
-      if (halves == 1)
-        values =
-            activated(values, *reinterpret_cast<const uint4*>(staged[kUnits + plane][token] + piece * 16), p);
-      *reinterpret_cast<uint4*>(p.out + (item.first_row + first + token) * width + n) = values;
+  __device__ __forceinline__ uint8_t* staged(int half, int u, int token) const {
+    return kernel.shared.out[group][half * kUnits + u] + token * T::kOutBytes;
+  }
+
+  __device__ __forceinline__ float scale_of(int token) const {  // of the tile's
+    if (!p.a_scale || token >= item.count) return 1.0f;
+    return p.a_scale[p.a_scale_per_row ? kernel.source_row(item.first_row + token) : 0];
+  }
+
+  // A thread of the MMA holds tokens 2 c and 2 c + 1 of eight, for a low and a high row. a_scale: of the
+  // slice's token `lane`.
+  template <bool plain, int N, class Accumulators>
+  __device__ __forceinline__ void stage(const Accumulators& acc, int first, float a_scale) const {
+    static_assert(T::kSlice <= 32);
+    uint32_t to = shared_address(staged(lane / 8 % 2, 0, lane % 8)) + warp * 16;
+    keep(to);
+#pragma unroll
+    for (int t = 0; t < T::kSlice && first + t < N; t += 8) {
+      const float even = plain ? 1.0f : __shfl_sync(~0u, a_scale, t + lane % 4 * 2);
+      const float odd = plain ? 1.0f : __shfl_sync(~0u, a_scale, t + lane % 4 * 2 + 1);
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        uint32_t pairs[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = (first + t) / 2 + 2 * half;
+          pairs[half] = to_bf16x2(finish<plain>(acc[u](at), factors[half][u], even, p),
+                                  finish<plain>(acc[u](at + 1), factors[half][u], odd, p));
+        }
+        store_transposed(to + u * T::kPlaneBytes + t * T::kOutBytes, pairs);
+      }
     }
+  }
+
+  // 16 bytes of a row of the product: piece i of a unit. In the next product's order of K (decode.cuh) it
+  // takes two places of every warp, else all of warp i.
+  template <bool k_order>
+  __device__ __forceinline__ uint4 piece(int half, int u, int token, int i) const {
+    const uint8_t* from = staged(half, u, token);
+    if constexpr (!k_order) {
+      const uint4 words = *reinterpret_cast<const uint4*>(from + i * 16);
+      return {__byte_perm(words.x, words.z, 0x5410), __byte_perm(words.x, words.z, 0x7632),
+              __byte_perm(words.y, words.w, 0x5410), __byte_perm(words.y, words.w, 0x7632)};
+    } else {
+      const uint32_t select = i < 2 ? 0x5410 : 0x7632;
+      const auto pair = [&](int w) {
+        const uint2 words = *reinterpret_cast<const uint2*>(from + w * 16 + i % 2 * 8);
+        return __byte_perm(words.x, words.y, select);
+      };
+      return {pair(0), pair(1), pair(2), pair(3)};
+    }
+  }
+
+  template <bool gated, bool k_order>
+  __device__ __forceinline__ void store(int first) const {
+    constexpr int kHalves = gated ? 1 : 2, kPieces = 4 * kUnits * kHalves;  // of a token
+    constexpr int kAtOnce = 128 / kPieces, kTimes = (T::kSlice + kAtOnce - 1) / kAtOnce;
+    uint32_t thread = warp * 32 + lane;
+    keep(thread);  // or what does not depend on the slice waits beside all accumulators
+    const int token = thread / kPieces, n = thread % kPieces, half = n / (4 * kUnits);
+    const int u = k_order ? n / 4 % kUnits : n % kUnits, i = k_order ? n % 4 : n / kUnits % 4;
+    const int64_t width = gated ? p.N / 2 : p.N, column = column_of<k_order>(u, half, i);
+    const int left = min(T::kSlice, item.count - first) - token;
+    if (left <= 0 || column >= width) return;
+    uint4 values[kTimes];
+#pragma unroll
+    for (int t = 0; t < kTimes; ++t) {  // loads before stores: their latencies overlap
+      if (T::kSlice % kAtOnce > 0 && t * kAtOnce >= left) continue;  // it is another plane's
+      values[t] = piece<k_order>(half, u, token + t * kAtOnce, i);
+      if constexpr (gated) values[t] = activated(values[t], piece<k_order>(1, u, token + t * kAtOnce, i), p);
+    }
+    bf16* out = p.out + (item.first_row + first + token) * width + column;
+#pragma unroll
+    for (int t = 0; t < kTimes; ++t)
+      if (t * kAtOnce < left) *reinterpret_cast<uint4*>(out + t * kAtOnce * width) = values[t];
+  }
+
+  template <bool k_order>
+  __device__ __forceinline__ int column_of(int u, int half, int i) const {
+    const int unit = group * kUnits + u;
+    const int first = kernel.problem.gated ? item.row_tile * T::kHalf : kernel.half_row(item, half);
+    return first + unit / 2 * 64 + (k_order ? unit % 2 * 32 + i * 8 : i * 16 + unit % 2 * 8);
   }
 };
 
@@ -185,7 +256,7 @@ __device__ __forceinline__ void Kernel<T, W>::compute(Pipe& pipe, const Work& wo
   if constexpr (N < T::kTokens)
     if (it.count > N) return compute<N + T::kStep>(pipe, work);
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const Epilogue<Kernel> epilogue(*this, it, group, warp, lane);
+  if (own.end == problem.steps) Epilogue<Kernel>(*this, it).bring_factors();
   const int rows[] = {half_row(it, 0), half_row(it, 1)};
   const Carried<T> carried{problem, group};
   Accumulator<N> acc[T::kUnits];
@@ -197,7 +268,7 @@ __device__ __forceinline__ void Kernel<T, W>::compute(Pipe& pipe, const Work& wo
   for (int u = 0; u < T::kUnits; ++u) cute::warpgroup_fence_operand(acc[u]);  // or ptxas serialises (C7514)
   multiply_part<N>(pipe, own, Weights::places(problem, rows, group, warp, lane), acc, worst);
   if (own.end < problem.steps) return carried.leave(acc, worst);
-  epilogue.template run<N>(acc, worst);
+  Epilogue<Kernel>(*this, it).template run<N>(acc, worst);
 }
 
 template <class T, template <class> class W>

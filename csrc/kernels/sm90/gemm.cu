@@ -34,7 +34,7 @@ constexpr Choice choice(const char* name, int64_t rows_an_expert, int64_t tiles,
 
 constexpr int64_t kAny = INT64_MAX;
 constexpr Choice kTable[] = {
-    choice<Tile8s>("128x8", 5, 80, launch_8s),  // few experts: half the rows, twice the CTAs
+    choice<Tile8s>("128x8", 5, 132, launch_8s),  // few experts: half the rows, twice the CTAs with work
     choice<Tile8>("256x8", 5, kAny, launch_8),          choice<Tile16>("256x16", 9, kAny, launch_16),
     choice<Tile24>("256x24", 17, kAny, launch_24),      choice<Tile32>("256x32", 24, kAny, launch_32),
     choice<Tile48>("256x48", 36, kAny, launch_48),      choice<Tile64>("256x64", 52, kAny, launch_64),
@@ -125,6 +125,8 @@ void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
   const int64_t sf_strip = int64_t{steps} * kSfColumnBytes;
   const Problem problem{p,
                         p.activated,
+                        tile_rows,
+                        static_cast<int>(p.activated ? p.N / 2 : tile_rows / 2),
                         static_cast<int>((rows + tile_rows - 1) / tile_rows),
                         steps,
                         sf_strip,

@@ -41,7 +41,8 @@ struct Kernel {
   struct Shared {
     alignas(1024) typename Weights::Stage weights[T::kWeightStages];
     alignas(1024) uint8_t tokens[T::kTokenStages][T::kSlabs * T::kSlabBytes];
-    alignas(16) uint8_t out[T::kWarpgroups][2 * T::kUnits][T::kSlice][80];  // 64 bytes of a token each
+    float factors[T::kRows][2];  // alpha and bias, by warps
+    alignas(16) uint8_t out[T::kWarpgroups][2 * T::kUnits][T::kPlaneBytes];
     uint64_t weights_full[T::kWeightStages], weights_free[T::kWeightStages];
     uint64_t tokens_full[T::kTokenStages], tokens_free[T::kTokenStages];
     Work work[T::kWeightStages + 1];  // in turn: the producer is no more items ahead than it has stages
@@ -92,7 +93,8 @@ struct Kernel {
     }
     const int2 first = shared.first[low], next = shared.first[low + 1];
     const int local = index - first.x * problem.row_tiles, tiles = next.x - first.x;
-    const int rows = next.y - first.y, each = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+    const int rows = next.y - first.y, even = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+    const int each = even > T::kTokens - T::kStep ? T::kTokens : even;  // even shares where all are narrower
     const int begin = local % tiles * each;
     return {low, local / tiles, first.y + begin, min(each, rows - begin)};
   }
@@ -133,8 +135,7 @@ struct Kernel {
 
   // First weight row, within the expert, of the tile's low (0) or high (1) half.
   __device__ __forceinline__ int half_row(const Item& item, int half) const {
-    if (problem.gated) return item.row_tile * T::kHalf + half * static_cast<int>(p.N / 2);
-    return item.row_tile * T::kRows + half * T::kHalf;
+    return item.row_tile * problem.tile_step + half * problem.half_step;
   }
 
   // The row of `a` that row r of the product reads.
@@ -206,17 +207,17 @@ struct Kernel {
   }
 
   struct Pipe {
-    int weights = 0, tokens = 0, held = -1;  // stages; held: tokens that products under way still read
+    int weights = 0, tokens = 0;  // stages
     uint32_t weights_parity = 0, tokens_parity = 0;
   };
 
   using Operands = decltype(cute::make_tensor<bf>(
       cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<4 * T::kGroup>>{}));
 
-  __device__ __forceinline__ void release_tokens(Pipe& pipe, bool arrives) const {
-    if (pipe.held < 0) return;
-    if (arrives) barrier_arrive(&shared.tokens_free[pipe.held]);
-    pipe.held = -1;
+  __device__ __forceinline__ void release_tokens(int& held, bool arrives) const {
+    if (held < 0) return;
+    if (arrives) barrier_arrive(&shared.tokens_free[held]);
+    held = -1;
   }
 
   // A warpgroup decodes kGroup steps of K, then gives its tensor core all their products at once, and decodes
@@ -232,16 +233,22 @@ struct Kernel {
     Operands operands[T::kBuffers];
     const bool arrives = threadIdx.x % 32 == 0;
     constexpr int kUnits = T::kUnits, kGroup = T::kGroup, kRound = T::kRound, kRawSteps = Weights::kRawSteps;
+    const int end = own.end;  // in a register: barriers would have it read from shared memory again
+    int held = -1;            // stage of tokens that products under way still read
+    int first_slab = 0;       // of the stage of tokens in use
 
-    for (int step = own.begin; step < own.end; step += kStageSteps) {
+    for (int step = own.begin; step < end; step += kStageSteps) {
       barrier_wait(&shared.weights_full[pipe.weights], pipe.weights_parity);
       const Base base = Weights::base(at, shared_address(&shared.weights[pipe.weights]));
       typename Weights::Raw raw = Weights::load(at, base, 0, 0);
 #pragma unroll
       for (int s = 0; s < kStageSteps; s += kGroup) {
-        if (s % kRound == 0 && step + s >= own.end) break;
-        if (s % T::kSlabs == 0) barrier_wait(&shared.tokens_full[pipe.tokens], pipe.tokens_parity);
-        const int slab = __shfl_sync(~0u, pipe.tokens, 0) * T::kSlabs + s % T::kSlabs;
+        if (s % kRound == 0 && step + s >= end) break;
+        if (s % T::kSlabs == 0) {
+          barrier_wait(&shared.tokens_full[pipe.tokens], pipe.tokens_parity);
+          first_slab = __shfl_sync(~0u, pipe.tokens, 0) * T::kSlabs;
+        }
+        const int slab = first_slab + s % T::kSlabs;
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
           auto& a = operands[(s / kGroup * kUnits + u) % T::kBuffers];
@@ -263,9 +270,9 @@ struct Kernel {
           else if (s + kGroup < kStageSteps && (s + kGroup) % kRawSteps == 0)
             raw = Weights::load(at, base, s + kGroup, 0);
           warpgroup_wait<1>();
-          release_tokens(pipe, arrives);
+          release_tokens(held, arrives);
         }
-        if (s % T::kSlabs == T::kSlabs - kGroup) next_tokens(pipe);
+        if (s % T::kSlabs == T::kSlabs - kGroup) held = next_tokens(pipe);
       }
       __syncwarp();  // the arrival speaks for loads of all lanes
       if (arrives) barrier_arrive(&shared.weights_free[pipe.weights]);
@@ -275,14 +282,15 @@ struct Kernel {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) warpgroup_fence_operand(acc[u]);
     constexpr int kLast = T::kSlabs - kRound;
-    if (own.end % T::kSlabs > 0 && own.end % T::kSlabs <= kLast)  // the last tokens were not used up
-      next_tokens(pipe);
-    release_tokens(pipe, arrives);
+    if (end % T::kSlabs > 0 && end % T::kSlabs <= kLast)  // the last tokens were not used up
+      held = next_tokens(pipe);
+    release_tokens(held, arrives);
   }
 
-  __device__ __forceinline__ void next_tokens(Pipe& pipe) const {
-    pipe.held = pipe.tokens;
+  __device__ __forceinline__ int next_tokens(Pipe& pipe) const {
+    const int used = pipe.tokens;
     if (++pipe.tokens == T::kTokenStages) pipe.tokens = 0, pipe.tokens_parity ^= 1;
+    return used;
   }
 
   template <int N>

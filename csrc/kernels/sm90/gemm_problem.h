@@ -10,10 +10,11 @@ constexpr int64_t kMostExperts = 1536;  // a table of all is in shared memory
 
 struct Problem {
   GemmParams p;
-  bool gated;         // low rows from n, high rows from N/2 + n; else the tile's two halves follow each other
-  int32_t row_tiles;  // tiles of weight rows
-  int32_t steps;      // ceil(K / 64): of the MMAs, and atoms of scales
-  int64_t sf_strip, sf_expert;  // bytes of scales of 128 rows, of an expert
+  bool gated;                    // low rows from n, high rows from N/2 + n; else a tile's halves follow
+  int32_t tile_step, half_step;  // weight rows from a tile to the next, from its low half to its high one
+  int32_t row_tiles;             // tiles of weight rows
+  int32_t steps;                 // ceil(K / 64): of the MMAs, and atoms of scales
+  int64_t sf_strip, sf_expert;   // bytes of scales of 128 rows, of an expert
   uint32_t* carried;  // [CTAs][Tile::kCarried][consumers]: accumulators of items that two CTAs share
   uint64_t* flags;    // [CTAs][warpgroups]: `launch` where they are there, else anything
   uint64_t launch;    // a number no other launch has

@@ -10,6 +10,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// threadIdx.x, read anew: what is worked out from it need not wait in registers.
+__device__ __forceinline__ uint32_t thread_again() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
@@ -74,6 +81,27 @@ __device__ __forceinline__ uint32_t load_half(uint32_t address) {
   uint32_t word;
   asm volatile("{.reg .b16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(word) : "r"(address));
   return word;
+}
+
+// Four bytes, by the thread itself; zero where `there` is false.
+__device__ __forceinline__ void copy_word(void* to, const void* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(there ? 4 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Two matrices of 8 x 8 16-bit numbers, transposed: lane i < 16 says where column i % 8 of matrix i / 8 goes.
+__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&from)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(from[0]),
+               "r"(from[1])
+               : "memory");
+}
+
+__device__ __forceinline__ uint32_t to_bf16x2(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 // A box of a two-dimensional tensor.

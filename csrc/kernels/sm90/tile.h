@@ -38,6 +38,9 @@ struct Tile {
   static constexpr int kSlice = kTokens % 32 == 0   ? 32
                                 : kTokens % 24 == 0 ? 24
                                                     : kTokens;  // tokens the epilogue stages at once
+  // Of a token there: what four warps have of a unit, and what keeps shared memory free of conflicts, as
+  // what follows a unit's slice does.
+  static constexpr int kOutBytes = 64 + 16, kPlaneBytes = kSlice * kOutBytes + 64;
   static_assert(kWarpgroups * kUnits % 2 == 0, "row mapping works on pairs of 64-row tiles");
   static_assert(kStageSteps % kSlabs == 0 && kSlabs % kGroup == 0);
   static constexpr int kRound = kGroup * kBuffers > kUnits ? kGroup * kBuffers / kUnits : kGroup;
@@ -45,7 +48,7 @@ struct Tile {
 };
 
 //                 wgs units tokens slabs group stages of weights, tokens; CTAs
-using Tile8s = Tile<2, 1, 8, 8, 4, 1, 4, 4, 2>;
+using Tile8s = Tile<2, 1, 8, 8, 4, 1, 8, 4, 1>;
 using Tile8 = Tile<4, 1, 8, 8, 4, 2, 4, 4, 1>;
 using Tile16 = Tile<4, 1, 16, 16, 4, 1, 4, 4, 1>;
 using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4, 1>;
