@@ -297,7 +297,7 @@ __device__ void zero_tail(const Kernel& kernel) {
 // Offsets and weights are read while the kernel before this one still runs: it is prepare.cu's, or a product
 // as this one, and neither lets this one come up before what was on the stream before it is done.
 template <class T, template <class> class Weights>
-__global__ void __launch_bounds__(T::kThreads, T::kCtas)
+__global__ void __launch_bounds__(T::kThreads, 1)
     grouped_kernel(const __grid_constant__ Problem problem, const __grid_constant__ CUtensorMap weights,
                    const __grid_constant__ CUtensorMap tokens) {
   extern __shared__ __align__(1024) uint8_t raw[];
@@ -320,13 +320,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas)
   kernel.plan();
   __syncthreads();
   if (warp < T::kConsumers / 32) {
-    if constexpr (T::kShifts) cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     follow();
     if (!problem.p.leave_tail) zero_tail(kernel);
     kernel.consume();
     return;
   }
-  if constexpr (T::kShifts) cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
+  cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
   if (warp == T::kConsumers / 32 && lane == 0) kernel.load_weights(&weights);
   if (warp == T::kConsumers / 32 + 1 && lane == 0) {
     follow();

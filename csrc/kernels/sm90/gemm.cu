@@ -14,7 +14,7 @@ namespace {
 struct Choice {
   const char* name;
   int64_t rows_an_expert, tiles;  // up to which this one runs
-  int rows, tokens, ctas;
+  int rows, tokens;
   int64_t carried, flags;  // bytes of a CTA's accumulators and of its flags, on their way to the next
   TileLauncher* launch;
 };
@@ -26,7 +26,6 @@ constexpr Choice choice(const char* name, int64_t rows_an_expert, int64_t tiles,
           tiles,
           T::kRows,
           T::kTokens,
-          T::kCtas,
           T::kCarried * T::kConsumers * static_cast<int64_t>(sizeof(uint32_t)),
           T::kWarpgroups * static_cast<int64_t>(sizeof(uint64_t)),
           launch};
@@ -93,8 +92,8 @@ struct Workspace {
 
   Workspace(const GemmParams& p, const Choice& tile)
       : tokens(p.a_in_k_order ? 0 : p.R * ordered_width(p.K) * static_cast<int64_t>(sizeof(bf16))),
-        carried(tile.carried * tile.ctas * cuda::sm_count()),
-        flags(tile.flags * tile.ctas * cuda::sm_count()) {}
+        carried(tile.carried * cuda::sm_count()),
+        flags(tile.flags * cuda::sm_count()) {}
 };
 
 int64_t workspace(const GemmParams& p) {
@@ -147,7 +146,7 @@ std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, bool packed_a)
   const int64_t tiles = (N + tile.rows - 1) / tile.rows * (E ? E : 1);
   return "sm90 " + std::string(tile.name) + " (weight rows x tokens), K " + std::to_string(K) +
          " in steps of 64, " + std::to_string(tiles) + " or more tiles on " +
-         std::to_string(cuda::sm_count() * tile.ctas) + " CTAs" +
+         std::to_string(cuda::sm_count()) + " CTAs" +
          (packed_a ? ", activations decoded to BF16 before" : "");
 }
 

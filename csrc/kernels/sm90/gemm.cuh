@@ -48,7 +48,7 @@ struct Kernel {
     Work work[T::kWeightStages + 1];  // in turn: the producer is no more items ahead than it has stages
     int2 first[1];                    // [E + 1] token tiles and rows before an expert's own
   };
-  static_assert(T::kCtas * (sizeof(Shared) + sizeof(int2) * kMostExperts + 1024) <= 228 << 10);
+  static_assert(sizeof(Shared) + sizeof(int2) * kMostExperts <= 227 << 10);
   static int64_t shared_bytes(int64_t E) { return sizeof(Shared) + sizeof(int2) * E; }
 
   Shared& shared;

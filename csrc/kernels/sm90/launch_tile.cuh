@@ -11,7 +11,7 @@ void launch_kernel(const Problem& problem, const CUtensorMap& weights, const CUt
   const auto kernel = grouped_kernel<T, Weights>;
   CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  const auto ctas = static_cast<unsigned>(cuda::sm_count() * T::kCtas);
+  const auto ctas = static_cast<unsigned>(cuda::sm_count());
   launch_after(kernel, ctas, T::kThreads, bytes, stream, problem, weights, tokens);
 }
 

@@ -11,11 +11,11 @@ namespace nvfp4::sm90 {
 constexpr int kStageSteps = 4;       // steps of K = 64 in a stage of weights
 constexpr int kSfColumnBytes = 512;  // an atom of interleaved scales: 128 rows, one step
 
-// A CTA computes kRows weight rows x kTokens tokens over all of K: kWarpgroups times kUnits tiles of 64 rows.
-// A tile pairs `low` rows, the first half of the CTA's, with `high` ones, the second half (gate with up): a
-// thread of the MMA holds both of a pair.
+// A CTA, one a multiprocessor, computes kRows weight rows x kTokens tokens over all of K: kWarpgroups times
+// kUnits tiles of 64 rows. A tile pairs `low` rows, the first half of the CTA's, with `high` ones, the second
+// half (gate with up): a thread of the MMA holds both of a pair.
 template <int kWarpgroups_, int kUnits_, int kLeast_, int kTokens_, int kSlabs_, int kGroup_,
-          int kWeightStages_, int kTokenStages_, int kCtas_>
+          int kWeightStages_, int kTokenStages_>
 struct Tile {
   static constexpr int kWarpgroups = kWarpgroups_, kUnits = kUnits_;  // 64-row tiles a warpgroup
   static constexpr int kTokens =
@@ -25,10 +25,7 @@ struct Tile {
   static constexpr int kGroup = kGroup_;  // steps decoded and multiplied at once
   static constexpr int kBuffers = 2;      // of decoded operands
   static constexpr int kWeightStages = kWeightStages_, kTokenStages = kTokenStages_;
-  static constexpr int kCtas = kCtas_;  // a multiprocessor
-  static constexpr bool kShifts =
-      kCtas == 1;  // registers from the producers, a warpgroup then, to the consumers
-  static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + (kShifts ? 128 : 64);
+  static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128;
   static constexpr int kProducerRegisters = kWarpgroups == 4 ? 64 : 56;
   static constexpr int kConsumerRegisters =
       (65536 / kThreads / 8 * 8 * (kWarpgroups + 1) - kProducerRegisters) / kWarpgroups / 8 * 8;
@@ -47,14 +44,14 @@ struct Tile {
   static_assert(kSlabs % kRound == 0, "steps that use every buffer once end with a stage");
 };
 
-//                 wgs units tokens slabs group stages of weights, tokens; CTAs
-using Tile8s = Tile<2, 1, 8, 8, 4, 1, 8, 4, 1>;
-using Tile8 = Tile<4, 1, 8, 8, 4, 2, 4, 4, 1>;
-using Tile16 = Tile<4, 1, 16, 16, 4, 1, 4, 4, 1>;
-using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4, 1>;
-using Tile32 = Tile<4, 1, 32, 32, 4, 1, 3, 4, 1>;
-using Tile48 = Tile<4, 1, 48, 48, 2, 1, 3, 4, 1>;
-using Tile64 = Tile<4, 1, 64, 64, 2, 1, 3, 4, 1>;
-using Tile128 = Tile<2, 2, 64, 128, 1, 1, 2, 7, 1>;
+//                 wgs units tokens slabs group stages of weights, tokens
+using Tile8s = Tile<2, 1, 8, 8, 4, 1, 8, 4>;
+using Tile8 = Tile<4, 1, 8, 8, 4, 2, 4, 4>;
+using Tile16 = Tile<4, 1, 16, 16, 4, 1, 4, 4>;
+using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4>;
+using Tile32 = Tile<4, 1, 32, 32, 4, 1, 3, 4>;
+using Tile48 = Tile<4, 1, 48, 48, 2, 1, 3, 4>;
+using Tile64 = Tile<4, 1, 64, 64, 2, 1, 3, 4>;
+using Tile128 = Tile<2, 2, 64, 128, 1, 1, 2, 7>;
 
 }  // namespace nvfp4::sm90
