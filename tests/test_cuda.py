@@ -229,7 +229,7 @@ def test_short_sequences_of_the_gpu_are_exact_for_every_input(tmp_path):
     program = tmp_path / "exact"
     subprocess.run(["nvcc", *flags, Path(__file__).parent / "cpp/exact.cu", "-o", program], check=True)
     lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
-    names = ("reciprocal", "sqrt", "sixth", "e4m3_encode", "e4m3_decode")
+    names = ("reciprocal", "sqrt", "sixth", "sixth16", "e4m3_encode", "e4m3_decode")
     assert lines == [f"{name} 0" for name in names]
 
 
@@ -242,12 +242,19 @@ def test_scores_of_a_million_logits_have_the_cpus_bits():
 
 @pytest.mark.parametrize("act", ops.ACTS)
 def test_activations_of_every_gate_have_the_cpus_bits(act):
-    """All 2^16 of them, beside a neighbour far away, and beside none: the way with and without exp's ends."""
+    """All 2^16 of them, beside their like, one far away, alone among near: with exp's ends and without."""
     gate = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    for other in (gate, torch.full_like(gate, 1e4)):
-        gates = torch.stack([gate, other], 1).view(-1, 64)
+
+    def among(other, every):
+        x = torch.full((2**16, every), other, dtype=torch.bfloat16)
+        x[:, every // 2] = gate
+        return x.view(-1, 64)
+
+    rare = (-0.3, 1e30), (1e3, -2.0), (1e-30, torch.inf), (0.0, 3.0)
+    rare += (torch.nan, torch.nan), (torch.nan, 7.0), (torch.inf, 7.0)
+    for gates in (gate.view(-1, 64), among(1e4, 2), among(-1.0, 16)):
         x = torch.cat([gates, torch.randn(gates.shape).bfloat16()], 1)
-        for args in ((1.702, 7.0), (-0.3, 1e30), (1e3, -2.0), (1e-30, torch.inf), (torch.nan, torch.nan)):
+        for args in ((1.702, 7.0), (1.702, 50.75), (1.702, 128.0), (1.0, 7.01), *rare):  # exp ends at 50.9
             assert_same_bits(ops.swiglu(x.cuda(), act, *args), ops.swiglu(x, act, *args))
             assert_same_bits(ops.swiglu_quantize(x.cuda(), act, *args), ops.swiglu_quantize(x, act, *args))
 

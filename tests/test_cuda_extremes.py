@@ -151,4 +151,5 @@ def test_scratch_memory_is_bounded():
     for compute in ops.COMPUTES:
         args = move((*operands, w13.b, w13.b_sf, w13.alpha, w2.b, w2.b_sf, w2.alpha, 0, compute))
         rows = T_ * k + 128 * E_  # every one in and out of both products, in BF16
-        assert workspace(lambda a=args: ops.moe(*a)) <= rows * 2 * (2 * H + 4 * I) + (1 << 16)
+        registers = torch.cuda.get_device_properties(0).multi_processor_count << 18  # accumulators handed on
+        assert workspace(lambda a=args: ops.moe(*a)) <= rows * 2 * (2 * H + 4 * I) + registers

@@ -21,6 +21,12 @@ struct Sixth {  // vector.cuh: amax / 6 of a tame block
     return bits_of(fma32(fma32(-6.0f, q, x), r, q)) == bits_of(__fdiv_rn(x, 6.0f));
   }
 };
+struct SixthOf16Bits {  // the same where BF16 or FP16 is what x comes from
+  static __device__ bool skip(uint32_t u) { return u & 0x1fff || Sixth::skip(u); }
+  static __device__ bool same(float x) {
+    return e4m3_encode(x * 0x1.555556p-3f) == e4m3_encode(__fdiv_rn(x, 6.0f));
+  }
+};
 struct Encode {
   static __device__ bool skip(uint32_t) { return false; }
   static __device__ bool same(float x) { return e4m3_encode(x) == e4m3_encode_portable(x); }
@@ -56,6 +62,7 @@ int main() {
   run<Reciprocal>("reciprocal");
   run<SquareRoot>("sqrt");
   run<Sixth>("sixth");
+  run<SixthOf16Bits>("sixth16");
   run<Encode>("e4m3_encode");
   run<Decode>("e4m3_decode");
 }

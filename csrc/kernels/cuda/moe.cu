@@ -49,29 +49,56 @@ struct Gated {  // as they lie in memory
     load<kValues>(from, aligned, gate);
     if (kGated<act>) load<kValues>(from + I, aligned, up);
   }
+};
 
-  __device__ void clamp(__nv_bfloat162 limit) {  // as activate() does
-#pragma unroll
-    for (int i = 0; i < kValues / 2; ++i) {
-      auto& g = reinterpret_cast<__nv_bfloat162&>(gate[i]);
-      auto& u = reinterpret_cast<__nv_bfloat162&>(up[i]);
-      g = __hmin2_nan(g, limit);
-      u = within(u, limit);
+// Which gates activate_mild() takes: those that meet no end of exp, once clamped in bf16. Pairs of bf16.
+struct Mild {
+  static constexpr uint32_t kBoth = 0x10001u, kInfinite = 0x7f80, kLargest = 0x7f7f, kNaN = 0x7fc0;
+  float slope;
+  uint32_t bound = kBoth * kNaN;  // the largest magnitude; the least gate where they are clamped; NaN: none
+  uint32_t limit = kBoth * kInfinite;  // clamps nothing
+
+  template <Act act>
+  static Mild of(const SwigluParams& p) {
+    Mild mild{swish_slope(act == Act::swiglu_oai ? p.act_alpha : 1.0f)};
+    if (!is_finite(mild.slope)) return mild;
+    const float steep = abs_of(mild.slope);
+    uint32_t most = std::min(bits_of(kExp2Most / steep) >> 16, kLargest);
+    if (float_of(most << 16) * steep > kExp2Most) --most;  // the quotient had been rounded up
+    if (!kClamped<act>) {
+      mild.bound = kBoth * most;
+    } else if (p.limit > 0.0f && p.limit <= float_of(most << 16) && !(bits_of(p.limit) & 0xffff)) {
+      mild.bound = kBoth * (0x8000 | most);
+      mild.limit = kBoth * (bits_of(p.limit) >> 16);
     }
+    return mild;
   }
 };
 
-// Clamps x, two values an instruction, where the limit is a positive bf16 (clamping again changes nothing),
-// and says whether activate_mild() then gives the activation: no exp's end is met. A NaN among the gates says
-// no.
+__device__ inline __nv_bfloat162 bf16_pair(uint32_t bits) {
+  return reinterpret_cast<const __nv_bfloat162&>(bits);
+}
+
+// Clamps x, two values an instruction (clamping again changes nothing), and says whether it is mild. A NaN
+// beside a negative gate may be: activate_mild() leaves it one.
 template <Act act, int kValues>
-__device__ bool make_mild(Gated<act, kValues>& x, float slope, float limit) {
-  if (!kGated<act>) return true;
-  if (kClamped<act>) {
-    if (!(limit > 0.0f) || bits_of(limit) & 0xffff) return false;
-    x.clamp(__float2bfloat162_rn(limit));
+__device__ bool make_mild(Gated<act, kValues>& x, const Mild& mild) {
+  if constexpr (!kGated<act>) return true;
+  if constexpr (!kClamped<act>)
+    return __hble2(__habs2(larger_of<__nv_bfloat162>(x.gate)), bf16_pair(mild.bound));
+  uint32_t least = x.gate[0];  // of integers without a sign the largest: negative values lie above the others
+#pragma unroll
+  for (int i = 1; i + 1 < kValues / 2; i += 2) least = __vimax3_u16x2(least, x.gate[i], x.gate[i + 1]);
+  least = __vmaxu2(least, x.gate[kValues / 2 - 1]);
+  const __nv_bfloat162 limit = bf16_pair(mild.limit);
+#pragma unroll
+  for (int i = 0; i < kValues / 2; ++i) {
+    auto& g = reinterpret_cast<__nv_bfloat162&>(x.gate[i]);
+    auto& u = reinterpret_cast<__nv_bfloat162&>(x.up[i]);
+    g = __hmin2_nan(g, limit);
+    u = within(u, limit);
   }
-  return float_of(largest<bf16>(x.gate)) * fabsf(slope) <= kExp2Most;
+  return __hbge2(bf16_pair(least), bf16_pair(mild.bound));
 }
 
 template <Act act>
@@ -82,13 +109,13 @@ __device__ float activate_mild(float gate, float up, float slope) {
 }
 
 template <Act act, int kValues>
-__device__ void activate_some(Gated<act, kValues> x, const SwigluParams& p, uint32_t (&out)[kValues / 2]) {
-  const float slope = swish_slope(act == Act::swiglu_oai ? p.act_alpha : 1.0f);
-  if (make_mild(x, slope, p.limit)) {
+__device__ void activate_some(Gated<act, kValues> x, const SwigluParams& p, const Mild& mild,
+                              uint32_t (&out)[kValues / 2]) {
+  if (make_mild(x, mild)) {
 #pragma unroll
     for (int i = 0; i < kValues / 2; ++i)
-      out[i] = pair_of(activate_mild<act>(low_of(x.gate[i]), low_of(x.up[i]), slope),
-                       activate_mild<act>(high_of(x.gate[i]), high_of(x.up[i]), slope));
+      out[i] = pair_of(activate_mild<act>(low_of(x.gate[i]), low_of(x.up[i]), mild.slope),
+                       activate_mild<act>(high_of(x.gate[i]), high_of(x.up[i]), mild.slope));
     return;
   }
 #pragma unroll 1
@@ -106,14 +133,14 @@ __device__ const bf16* gate_of(const SwigluParams& p, int64_t r) {
 }
 
 template <Act act>
-__global__ void __launch_bounds__(kThreads) swiglu_kernel(bool early, SwigluParams p) {
+__global__ void __launch_bounds__(kThreads) swiglu_kernel(bool early, SwigluParams p, Mild mild) {
   start(early);
   const int64_t v = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, width = p.I / kVector;
   if (v >= p.R * width) return;
   const int64_t r = divide(v, width);
   const bf16* gate = gate_of<act>(p, r) + (v - r * width) * kVector;
   alignas(16) uint32_t out[kVector / 2];
-  activate_some(Gated<act, kVector>(gate, p.I, true), p, out);
+  activate_some(Gated<act, kVector>(gate, p.I, true), p, mild, out);
   reinterpret_cast<uint4*>(p.out)[v] = reinterpret_cast<const uint4&>(out);
 }
 
@@ -133,6 +160,7 @@ struct ActivatedRows {
   using Raw = Gated<act, kBlock>;
   static constexpr bool kCheap = false;
   SwigluParams p;
+  Mild mild;
   bool aligned;
 
   struct Row {
@@ -143,11 +171,13 @@ struct ActivatedRows {
     }
     __device__ Block<bf16> block(const Raw& x) const {
       Block<bf16> b;
-      activate_some(x, rows.p, b.word);
+      activate_some(x, rows.p, rows.mild, b.word);
       return b;
     }
   };
-  __device__ Row row(int64_t r) const { return {*this, gate_of<act>(p, r) + column(0) * kBlock}; }
+  __device__ Row row(uint32_t r, uint32_t S) const {
+    return {*this, p.gate_up + block_index(r, act == Act::relu2 ? S : 2 * S) * kBlock};
+  }
 };
 
 // ---- combine --------------------------------------------------------------------------------------
@@ -209,7 +239,10 @@ void swiglu(const SwigluParams& p, cudaStream_t stream) {
   const bool vectors = p.I % kVector == 0 && aligned16(p.gate_up) && aligned16(p.out);
   const int64_t ctas = ceil_div(vectors ? p.R * p.I / kVector : p.R * p.I, kThreads);
   with_act(p.act, [&](auto act) {
-    launch(vectors ? swiglu_kernel<act> : swiglu_single_kernel<act>, {ctas, kThreads}, stream, p);
+    if (vectors)
+      launch(swiglu_kernel<act>, {ctas, kThreads}, stream, p, Mild::of<act>(p));
+    else
+      launch(swiglu_single_kernel<act>, {ctas, kThreads}, stream, p);
   });
 }
 
@@ -217,7 +250,8 @@ void swiglu_quantize(const SwigluQuantizeParams& p, cudaStream_t stream) {
   const QuantizedRows out{p.swiglu.R, static_cast<int>(p.swiglu.I / kBlock), p.packed, p.sf, p.scale,
                           p.groups};
   with_act(p.swiglu.act, [&](auto act) {
-    quantize_all_rows(ActivatedRows<act>{p.swiglu, aligned16(p.swiglu.gate_up)}, out, stream);
+    quantize_all_rows(ActivatedRows<act>{p.swiglu, Mild::of<act>(p.swiglu), aligned16(p.swiglu.gate_up)}, out,
+                      stream);
   });
 }
 

@@ -77,7 +77,7 @@ struct GatheredRows {
   static constexpr bool kCheap = true;
   const T* x;
   const int32_t* rows;
-  int64_t count, K;
+  int64_t count;
   bool aligned;
 
   struct Row {
@@ -88,9 +88,10 @@ struct GatheredRows {
     }
     __device__ Block<T> block(const Block<T>& b) const { return b; }
   };
-  __device__ Row row(int64_t r) const {
-    const int64_t named = rows ? rows[r] : r, source = named < 0 ? 0 : named < count ? named : count - 1;
-    return {x + source * K + column(0) * kBlock, aligned};
+  __device__ Row row(uint32_t r, uint32_t S) const {
+    if (!rows) return {x + block_index(r, S) * kBlock, aligned};
+    const int64_t named = rows[r];
+    return {x + block_index(named < 0 ? 0 : min(named, count - 1), S) * kBlock, aligned};
   }
 };
 
@@ -187,7 +188,7 @@ void quantize(const QuantizeParams& p, cudaStream_t stream) {
 void quantize_rows(const QuantizeRowsParams& p, cudaStream_t stream) {
   const QuantizedRows out{p.R, static_cast<int>(p.K / kBlock), p.packed, p.sf, p.scale, p.groups};
   with_dtype(p.dtype, p.x, [&]<class T>(const T* x) {
-    quantize_all_rows(GatheredRows<T>{x, p.rows, p.T, p.K, aligned16(x)}, out, stream);
+    quantize_all_rows(GatheredRows<T>{x, p.rows, p.T, aligned16(x)}, out, stream);
   });
 }
 

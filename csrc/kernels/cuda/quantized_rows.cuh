@@ -17,19 +17,24 @@ struct QuantizedRows {  // R rows of S blocks
 // first one; the k-th is k steps on.
 __device__ inline int column(int k) { return static_cast<int>(threadIdx.x + k * blockDim.x); }
 
-struct SfPlace {   // where a thread's scales go
-  uint8_t* first;  // null: nowhere, no expert has the row
-  int step;
+// A thread's first block, counted over rows of S.
+__device__ inline int64_t block_index(uint32_t r, uint32_t S) {
+  return static_cast<int64_t>(static_cast<uint64_t>(r) * S + threadIdx.x);
+}
+
+struct SfPlace {  // where a thread's scales go
+  uint8_t* first;
+  int step;  // 0: nowhere, no expert has the row
 
   __device__ void store(int k, uint8_t byte) const {
-    if (first) first[static_cast<int64_t>(k) * step] = byte;
+    if (step) first[static_cast<int64_t>(k) * step] = byte;
   }
 };
 
 // Every warp of a row finds it by itself: the atoms of the experts that end before the row, and which row of
 // its own expert it is.
-__device__ inline SfPlace sf_place(const QuantizedRows& out, int64_t r) {
-  if (!out.groups.offsets) return {out.sf + r * out.S + column(0), column(1) - column(0)};
+__device__ inline SfPlace sf_place(const QuantizedRows& out, uint32_t r, int64_t block) {
+  if (!out.groups.offsets) return {out.sf + block, column(1) - column(0)};
   int atoms = 0, local = -1;
   const auto bounded = [&](int32_t x, int64_t least) {
     return static_cast<int>(x < least ? least : x < out.R ? x : out.R);

@@ -100,6 +100,15 @@ __device__ Pair larger(Pair a, Pair b) {
 #endif
 }
 
+// Of all words.
+template <class Pair, int kWords>
+__device__ Pair larger_of(const uint32_t (&word)[kWords]) {
+  Pair top = larger(reinterpret_cast<const Pair&>(word[0]), reinterpret_cast<const Pair&>(word[1]));
+#pragma unroll
+  for (int i = 2; i < kWords; ++i) top = larger(top, reinterpret_cast<const Pair&>(word[i]));
+  return top;
+}
+
 // The largest magnitude as float bits; a NaN, if there is one.
 template <class T, int kWords>
 __device__ uint32_t largest(const uint32_t (&word)[kWords]) {
@@ -110,12 +119,12 @@ __device__ uint32_t largest(const uint32_t (&word)[kWords]) {
     return top;
   } else {
     using Pair = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
-    Pair top = larger(reinterpret_cast<const Pair&>(word[0]), reinterpret_cast<const Pair&>(word[1]));
-#pragma unroll
-    for (int i = 2; i < kWords; ++i) top = larger(top, reinterpret_cast<const Pair&>(word[i]));
-    top = __habs2(top);
-    const auto most = __hmax_nan(top.x, top.y);  // torch's build flags forbid its conversion operators
-    return bits_of(to_float(reinterpret_cast<const T&>(most))) & 0x7fffffffu;
+    const Pair top = larger_of<Pair>(word);
+    Block<T> both;
+    reinterpret_cast<Pair&>(both.word[0]) = top;
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(fabsf(value(both, 0))), "f"(fabsf(value(both, 1))));
+    return bits_of(most);
   }
 }
 template <class T>
@@ -183,30 +192,31 @@ __device__ uint32_t codes_by_quotient(const Block<T>& b, int h, float step8) {
 
 // The same for bf16 where the scale is a power of two, two values a register: x has 8 significant bits and
 // step 4, so x / step is a midpoint, or at least 0.53 of bf16's last place away from one; x times 1 / step in
-// two parts, `r` and what r lacks, is off by 2^-16 and then rounds to the right side. The three lines are as
-// above with 128 as magic number; the last is h a + 6 with the largest bf16 h below 0.1: 6.9 at 9, the most
-// there is.
+// two parts, `r` and what r lacks, is off by 2^-16 and then rounds to the right side. Two of the three lines
+// are one here: bf16's unit is 1/2 below 128 and 1 above it, so a + 126 is rounded just so, and its bits
+// count codes from 4 below those of 128. The third is h a + 6 + 128 with the largest bf16 h below 0.1: 6.9 at
+// 9, the most there is.
 struct ReciprocalPairs {
   __nv_bfloat162 high, low;
 
   __device__ explicit ReciprocalPairs(float step) {
-    const float r = step == 0.0f ? 0.0f : fast_reciprocal(step);  // in a row of zeros
-    high = __float2bfloat162_rn(r);
-    low = __float2bfloat162_rn(r - __low2float(high));
+    const float r = fast_reciprocal(step), rest = r - __low2float(high = __floats2bfloat162_rn(r, r));
+    low = __floats2bfloat162_rn(rest, rest);
   }
 };
 __device__ inline uint32_t codes_in_pairs(const Block<bf16>& b, int h, const ReciprocalPairs& r) {
-  const auto pair_of = [](float x) { return __float2bfloat162_rn(x); };
+  constexpr uint32_t kSlope = 0x3dcc3dccu;  // 204 / 2048
+  const __nv_bfloat162 first = __float2bfloat162_rn(126), last = __float2bfloat162_rn(134),
+                       slope = reinterpret_cast<const __nv_bfloat162&>(kSlope);
   uint32_t code[4];  // in bytes 0 and 2
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t magnitude = b.word[4 * h + i] & 0x7fff7fffu;  // __habs2 would burden the other pipe
     const __nv_bfloat162 x = reinterpret_cast<const __nv_bfloat162&>(magnitude);
     const __nv_bfloat162 a = __hfma2(x, r.high, __hmul2(x, r.low));
-    const __nv_bfloat162 c[3] = {__hfma2(a, pair_of(2), pair_of(128)), __hadd2(a, pair_of(130)),
-                                 __hfma2(a, pair_of(204.0f / 2048), pair_of(134))};
+    const __nv_bfloat162 c[2] = {__hadd2(a, first), __hfma2(a, slope, last)};
     const auto* u = reinterpret_cast<const uint32_t*>(c);
-    code[i] = __vimin3_s16x2(u[0], u[1], u[2]);
+    code[i] = __viaddmin_s16x2(u[0], 0x00040004u, u[1]);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -250,28 +260,32 @@ __device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, float scale, 
 
 // A row's power of two (or 0), with what its blocks take from it.
 struct RowScale {
-  float scale;
-  uint32_t tame;  // blocks with a `top` below it take the short way: finite ones, the scale within 2^+-48
+  float scale, unit, inverse;  // unit: 1 in a row of zeros, which are zeros by any
+  uint32_t tame;  // blocks with a `top` below it take the short way: finite ones, the unit within 2^+-48
 
-  __device__ explicit RowScale(float scale) : scale(scale) {
+  __device__ explicit RowScale(float scale) : scale(scale), unit(scale == 0.0f ? 1.0f : scale) {
     constexpr uint32_t kLow = (127 - 48) << 23, kHigh = (127 + 48) << 23;
-    tame = scale == 0.0f || bits_of(scale) - kLow <= kHigh - kLow ? kInfinity : 0;
+    tame = bits_of(unit) - kLow <= kHigh - kLow ? kInfinity : 0;
+    inverse = float_of((254u << 23) - bits_of(unit));
   }
 };
 
 // The same under a row's scale. Of a tame block, amax / (6 scale) is an exact scaling and a division by 6,
-// which the rounded 1/6 and two FMAs round correctly.
+// which the rounded 1/6, too large by 2^-25 of itself, and two FMAs round correctly. For 16-bit values the
+// product alone will do: it rounds to the quotient where that is a tie of e4m3, and others lie further away.
 template <class T>
 __device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, const RowScale& row, uint8_t* packed) {
   if (top >= row.tame) return quantize_block(b, top, row.scale, true, packed);
   constexpr float kSixth = 0x1.555556p-3f;
-  const float amax = float_of(top) * float_of((254u << 23) - bits_of(row.scale)), q = amax * kSixth;
-  const uint32_t byte = e4m3_encode(fmaxf(fma32(fma32(-6.0f, q, amax), kSixth, q), kE4m3Min));
-  const float step = e4m3_decode(byte) * row.scale;  // 0 in a row of zeros
+  const float amax = float_of(top) * row.inverse;
+  float q = amax * kSixth;
+  if constexpr (sizeof(T) == 4) q = fma32(fma32(-6.0f, q, amax), kSixth, q);
+  const uint32_t byte = e4m3_encode(fmaxf(q, kE4m3Min));
+  const float step = e4m3_decode(byte) * row.unit;
   if constexpr (std::is_same_v<T, bf16>) {
     const ReciprocalPairs r(step);
     *reinterpret_cast<uint2*>(packed) = {codes_in_pairs(b, 0, r), codes_in_pairs(b, 1, r)};
-  } else {  // a quotient NaN has code 0
+  } else {
     *reinterpret_cast<uint2*>(packed) = {codes_by_quotient(b, 0, 8 * step),
                                          codes_by_quotient(b, 1, 8 * step)};
   }
@@ -288,7 +302,7 @@ __device__ inline uint32_t row_max(uint32_t top) {
   if (warps == 1) return top;
   if (lane == 0) tops[first + threadIdx.x / 32] = top;
   __syncthreads();
-  return __reduce_max_sync(~0u, lane < warps ? tops[first + lane] : 0);
+  return __reduce_max_sync(~0u, tops[first + min(lane, warps - 1)]);
 }
 
 constexpr int kMostHeld = 4;
@@ -309,10 +323,13 @@ template <int kHeld, class Source>
 __global__ void __launch_bounds__(kMostThreads, kFewestCtas<kHeld, Source>)
     quantize_rows_kernel(bool early, Source source, QuantizedRows out) {
   start(early);
-  const int64_t mine = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t r = min(mine, out.R - 1);  // threads beyond the last row repeat it: a barrier wants everybody
-  const auto has = [&](int k) { return column(k) < out.S && (k < kHeld || kHeld == kMostHeld); };
-  const auto row = source.row(r);
+  const uint32_t mine = blockIdx.x * blockDim.y + threadIdx.y;
+  const uint32_t r = min(mine, static_cast<uint32_t>(out.R) - 1);  // the barrier wants all threads
+  const int left = out.S - column(0);
+  const auto has = [&](int k) {
+    return left > static_cast<int>(k * blockDim.x) && (k < kHeld || kHeld == kMostHeld);
+  };
+  const auto row = source.row(r, out.S);
   typename Source::Raw raw[kHeld];
   decltype(row.block(raw[0])) held[kHeld];
   uint32_t tops[kHeld], top = 0;
@@ -323,7 +340,12 @@ __global__ void __launch_bounds__(kMostThreads, kFewestCtas<kHeld, Source>)
   for (int k = 0; k < kHeld && has(k); ++k) {
     held[k] = row.block(raw[k]);
     tops[k] = largest(held[k]);
-    top = max(top, largest_finite(held[k], tops[k]));
+    top = max(top, tops[k]);
+  }
+  if (top >= kInfinity) {
+    top = 0;
+#pragma unroll
+    for (int k = 0; k < kHeld && has(k); ++k) top = max(top, largest_finite(held[k], tops[k]));
   }
   for (int k = kHeld; has(k); ++k) {
     const auto b = row.block(row.load(k));
@@ -332,8 +354,9 @@ __global__ void __launch_bounds__(kMostThreads, kFewestCtas<kHeld, Source>)
   const RowScale scale(row_scale(float_of(row_max(top))));
   if (threadIdx.x == 0) out.scale[r] = scale.scale;
 
-  const SfPlace place = sf_place(out, r);
-  uint8_t* packed = out.packed + (r * out.S + column(0)) * 8;
+  const int64_t block = block_index(r, out.S);
+  const SfPlace place = sf_place(out, r, block);
+  uint8_t* packed = out.packed + block * 8;
   const auto finish = [&](const auto& b, uint32_t top, int k) {
     place.store(k, quantize_block(b, top, scale, packed + static_cast<int64_t>(k) * blockDim.x * 8));
   };
@@ -351,6 +374,8 @@ __global__ void __launch_bounds__(kMostThreads, kFewestCtas<kHeld, Source>)
 // held: swiglu_quantize 84 %, 90 % and 76 % (65536 x 7168).
 template <class Source>
 void quantize_all_rows(const Source& source, const QuantizedRows& out, cudaStream_t stream) {
+  if (out.R > INT32_MAX)
+    throw std::runtime_error("nvfp4: " + std::to_string(out.R) + " rows, CUDA quantizes at most 2^31 - 1");
   if (out.groups.offsets)  // the padding; the rows' own scales follow
     CUDA_CHECK(cudaMemsetAsync(out.sf, 0, SfGroups::cosize(out.R, out.groups.E, out.S), stream));
   const int fewest = out.S <= kMostThreads ? 1 : out.S <= 2 * kMostThreads ? 2 : kMostHeld;
