@@ -19,8 +19,8 @@ def main() -> None:
         for offsets in (ragged_offsets(R, E), torch.randint(-9, 99, (E + 1,), dtype=torch.int32)):
             operands = (a, None, None, w.b, w.b_sf, w.alpha, offsets)
             ops.grouped_gemm(*(t if t is None else t.cuda() for t in operands))
-    for rows in (1, 6, 12, 20, 28, 40, 60, 140):  # a chip's own tiles: K % 32 = 0, N % 8 = 0
-        for E, N, K in ((2, 136, 96), (96, 1536, 32)) if rows < 3 else ((2, 136, 96),):
+    for rows in (1, 6, 12, 20, 28, 40, 60, 100, 140):  # a chip's own tiles: K % 32 = 0, N % 8 = 0
+        for E, N, K in ((2, 264, 96), (96, 1536, 32)) if rows < 3 else ((2, 264, 96), (24, 1536, 544)):
             w, a = random_weights(E, N, K, 2), lively(rows * E, K, dtype=torch.bfloat16)
             for offsets in (ragged_offsets(rows * E, E), torch.randint(-9, 99, (E + 1,), dtype=torch.int32)):
                 operands = (a, None, None, w.b, w.b_sf, w.alpha, offsets, torch.randn(E, N))

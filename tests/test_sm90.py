@@ -24,8 +24,17 @@ pytestmark = [
 K_ORDER = torch.tensor([p // 2 % 4 * 16 + p // 32 * 8 + p % 2 * 4 + p // 8 % 4 for p in range(64)])
 NARROW = (4, 392, 544)  # E, N, K: N % 128 = 8, K % 64 = 32, both of them the GEMM's least steps
 WIDE = (96, 1536, 224)  # so many weight rows that the table need not halve a tile to fill the chip
-ROWS = (1, 2, 3, 5, 8, 9, 16, 17, 20, 24, 28, 31, 40, 48, 64, 70, 90, 112, 128, 129, 200)  # an expert
-CASES = [(rows, *NARROW) for rows in ROWS] + [(rows, *WIDE) for rows in (1, 3, 8, 16)]
+SHARED = (
+    24,
+    1536,
+    544,
+)  # tiles for more than one wave, K of three stages: the last wave is shared out along K
+ROWS = (1, 2, 3, 5, 8, 9, 16, 17, 20, 24, 28, 31, 40, 48, 64, 70, 90, 112, 128, 129, 150, 200)  # an expert
+CASES = [
+    *((rows, *NARROW) for rows in ROWS),
+    *((rows, *WIDE) for rows in (1, 3, 8, 16)),
+    *((rows, *SHARED) for rows in (1, 9, 16, 24, 31, 48, 100, 150)),
+]
 
 
 def tile(rows, E, N, K) -> str:
@@ -197,12 +206,12 @@ class TestEveryTile:
         assert_same_bits(gemm(a, w, counts), want.cpu())
 
 
-@pytest.mark.parametrize("size", [NARROW, WIDE], ids=str)
+@pytest.mark.parametrize("size", [NARROW, WIDE, SHARED], ids=str)
 def test_a_row_has_the_same_bits_alone_and_at_any_place_of_any_batch(size):
     E, N, K = size
     w, mine = weights(E, N, K, 2), tokens(E, K)  # one row for each expert
     alone = torch.cat([gemm(mine[e : e + 1], w, [0] * e + [1] + [0] * (E - 1 - e)) for e in range(E)])
-    for rows in ROWS if size == NARROW else ROWS[:8]:
+    for rows in ROWS[:8] if size == WIDE else ROWS:
         for place in {0, rows // 2, rows - 1}:
             a = tokens(E * rows, K)
             a[place::rows] = mine
@@ -246,7 +255,7 @@ def test_any_routing_is_within_the_bound(routing, R):
 @pytest.mark.parametrize(
     "N, K", [(8, 32), (16, 64), (128, 128), (264, 96), (1000, 1056), (4096, 7168)], ids=str
 )
-@pytest.mark.parametrize("rows", [1, 6, 14, 40, 130])
+@pytest.mark.parametrize("rows", [1, 6, 14, 40, 130, 150])
 def test_sizes_that_no_tile_divides(rows, N, K):
     w, a = weights(2, N, K), tokens(2 * rows, K)
     poison((2 * rows, N), torch.bfloat16, DEVICE)
@@ -274,7 +283,7 @@ def test_thousands_of_experts(E, rows):
     assert_gemm(got[-rows:], a[-rows:], dequantized(w, e), w.alpha[e], None, None, "the last", K_ORDER)
 
 
-@pytest.mark.parametrize("rows", [2, 8, 20, 48, 150])
+@pytest.mark.parametrize("rows", [2, 8, 20, 48, 100, 150])
 @pytest.mark.parametrize(
     "offsets",
     [[0, 3, 2, 8], [-5, 2, 100, 3], [7, 7, 7, 7], [8, 5, 3, 0], [2**31 - 1, -(2**31), 0, 5]],

@@ -206,7 +206,7 @@ struct Epilogue {
 template <class T>
 struct Carried {
   const Problem& problem;
-  int group;
+  int group, team;
 
   __device__ __forceinline__ uint32_t* values(int cta) const {
     return problem.carried + static_cast<int64_t>(cta) * T::kCarried * T::kConsumers + threadIdx.x;
@@ -234,7 +234,7 @@ struct Carried {
   template <class Accumulator>
   __device__ __forceinline__ void take_over(Accumulator (&acc)[T::kUnits],
                                             uint32_t (&worst)[T::kUnits]) const {
-    const int before = blockIdx.x - 1;
+    const int before = blockIdx.x - team;
     while (flag_read(flag(before)) != problem.launch) __nanosleep(64);
     const uint32_t* from = values(before);
 #pragma unroll
@@ -258,7 +258,7 @@ __device__ __forceinline__ void Kernel<T, W>::compute(Pipe& pipe, const Work& wo
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (own.end == problem.steps) Epilogue<Kernel>(*this, it).bring_factors();
   const int rows[] = {half_row(it, 0), half_row(it, 1)};
-  const Carried<T> carried{problem, group};
+  const Carried<T> carried{problem, group, team()};
   Accumulator<N> acc[T::kUnits];
   uint32_t worst[T::kUnits] = {};
 #pragma unroll
@@ -308,22 +308,26 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kWeightStages; ++i) {
       barrier_init(&shared.weights_full[i], 1);
-      barrier_init(&shared.weights_free[i], T::kConsumers / 32);
+      barrier_init(&shared.weights_free[i], T::kConsumers / 32 * kArrivals);
     }
     for (int i = 0; i < T::kTokenStages; ++i) {
       barrier_init(&shared.tokens_full[i], 1);
-      barrier_init(&shared.tokens_free[i], T::kConsumers / 32);
+      barrier_init(&shared.tokens_free[i], kernel.team() * T::kConsumers / 32);
     }
     barrier_init_done();
   }
   lead();
   kernel.plan();
-  __syncthreads();
+  if constexpr (T::kTeam > 1)
+    cluster_sync();  // no CTA arrives at a barrier of another before it is there
+  else
+    __syncthreads();
   if (warp < T::kConsumers / 32) {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     follow();
     if (!problem.p.leave_tail) zero_tail(kernel);
     kernel.consume();
+    if constexpr (T::kTeam > 1) cluster_sync();  // no CTA ends before all have arrived at its barriers
     return;
   }
   cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();

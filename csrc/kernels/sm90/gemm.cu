@@ -14,7 +14,7 @@ namespace {
 struct Choice {
   const char* name;
   int64_t rows_an_expert, tiles;  // up to which this one runs
-  int rows, tokens;
+  int rows, tokens, team;
   int64_t carried, flags;  // bytes of a CTA's accumulators and of its flags, on their way to the next
   TileLauncher* launch;
 };
@@ -26,6 +26,7 @@ constexpr Choice choice(const char* name, int64_t rows_an_expert, int64_t tiles,
           tiles,
           T::kRows,
           T::kTokens,
+          T::kTeam,
           T::kCarried * T::kConsumers * static_cast<int64_t>(sizeof(uint32_t)),
           T::kWarpgroups * static_cast<int64_t>(sizeof(uint64_t)),
           launch};
@@ -37,6 +38,7 @@ constexpr Choice kTable[] = {
     choice<Tile8>("256x8", 5, kAny, launch_8),          choice<Tile16>("256x16", 11, kAny, launch_16),
     choice<Tile24>("256x24", 18, kAny, launch_24),      choice<Tile32>("256x32", 26, kAny, launch_32),
     choice<Tile48>("256x48", 39, kAny, launch_48),      choice<Tile64>("256x64", 52, kAny, launch_64),
+    choice<Tile128>("256x128", 130, kAny, launch_128),  choice<Tile256>("128x256", 184, kAny, launch_256),
     choice<Tile128>("256x128", kAny, kAny, launch_128),
 };
 
@@ -121,12 +123,15 @@ void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
   const int tile_rows = p.activated ? tile.rows / 2 : tile.rows;
   const int64_t rows = p.activated ? p.N / 2 : p.N;
   const int steps = static_cast<int>(ordered_width(p.K) / 64);
+  const int64_t row_tiles = (rows + tile_rows - 1) / tile_rows;
+  const int team = row_tiles % tile.team == 0 ? tile.team : 1;
   const int64_t sf_strip = int64_t{steps} * kSfColumnBytes;
   const Problem problem{p,
                         p.activated,
                         tile_rows,
                         static_cast<int>(p.activated ? p.N / 2 : tile_rows / 2),
-                        static_cast<int>((rows + tile_rows - 1) / tile_rows),
+                        static_cast<int>(row_tiles / team),
+                        team,
                         steps,
                         sf_strip,
                         (p.N + 127) / 128 * sf_strip,
@@ -136,9 +141,10 @@ void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
   const CUtensorMap codes =
       p.b_packed ? CUtensorMap{}
                  : tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.K / 2, p.E * p.N, tile.rows / 2);
-  tile.launch(problem, codes,
-              tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, tokens, ordered_width(p.K), p.R, tile.tokens),
-              stream);
+  tile.launch(
+      problem, codes,
+      tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, tokens, ordered_width(p.K), p.R, tile.tokens / team),
+      stream);
 }
 
 std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, bool packed_a) {

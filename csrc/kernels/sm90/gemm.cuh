@@ -55,6 +55,9 @@ struct Kernel {
   const Problem& problem;
   const GemmParams& p;
 
+  __device__ __forceinline__ int team() const { return T::kTeam == 1 ? 1 : problem.team; }
+  __device__ __forceinline__ int rank() const { return blockIdx.x % team(); }  // of this CTA there
+
   // ---- work ----------------------------------------------------------------------------------------
 
   __device__ __forceinline__ int rows_before(int e) const {  // offsets may lie
@@ -96,16 +99,17 @@ struct Kernel {
     const int rows = next.y - first.y, even = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
     const int each = even > T::kTokens - T::kStep ? T::kTokens : even;  // even shares where all are narrower
     const int begin = local % tiles * each;
-    return {low, local / tiles, first.y + begin, min(each, rows - begin)};
+    return {low, local / tiles * team() + rank(), first.y + begin, min(each, rows - begin)};
   }
 
-  // The n-th part this CTA computes. Items that do not fill the last wave are shared out in steps of K: what
-  // is left after the whole waves but one is cut into equal runs of stages, so a CTA's run may end inside an
-  // item (a head) and the next CTA's begins there (its rest). A CTA computes its head first and leaves the
-  // accumulators in memory, and takes over its neighbour's last of all, when that one is long there: no K
-  // chain is broken, no CTA waits.
+  // The n-th part this CTA computes, or its team. Items that do not fill the last wave are shared out in
+  // steps of K: what is left after the whole waves but one is cut into equal runs of stages, so a CTA's run
+  // may end inside an item (a head) and the next CTA's begins there (its rest). A CTA computes its head first
+  // and leaves the accumulators in memory, and takes over its neighbour's last of all, when that one is long
+  // there: no K chain is broken, no CTA waits.
   __device__ __forceinline__ bool part(int n, Part& part) const {
-    const int items = shared.first[p.E].x * problem.row_tiles, ctas = gridDim.x, cta = blockIdx.x;
+    const int items = shared.first[p.E].x * problem.row_tiles;
+    const int ctas = gridDim.x / team(), cta = blockIdx.x / team();
     const int steps = problem.steps, stages = (steps + kStageSteps - 1) / kStageSteps;
     int waves = items / ctas, begin = 0, end = 0, rest = 0, head = 0;  // items [begin, end) are whole
     if (waves > 0 && items % ctas > 0) {
@@ -174,16 +178,25 @@ struct Kernel {
     Part own;
     for (int n = 0; part(n, own); ++n) {
       const Item it = item(own.index);
-      for (int step = own.begin; step < own.end; step += T::kSlabs) {
+      const int end = (own.end + T::kRound - 1) / T::kRound * T::kRound;
+      for (int step = own.begin; step < end; step += T::kSlabs) {
         barrier_sleep(&shared.tokens_free[stage], parity);
-        uint64_t* full = &shared.tokens_full[stage];
-        barrier_expect(full, T::kSlabs * T::kSlabBytes);
+        barrier_expect(&shared.tokens_full[stage], T::kSlabs * T::kSlabBytes);
 #pragma unroll
         for (int slab = 0; slab < T::kSlabs; ++slab)
-          copy_box(shared.tokens[stage] + slab * T::kSlabBytes, map, (step + slab) * 64, it.first_row, full);
+          copy_tokens(stage, slab, map, (step + slab) * 64, it.first_row);
         if (++stage == T::kTokenStages) stage = 0, parity ^= 1;
       }
     }
+  }
+
+  // A CTA of a team brings its share of the tokens, to all.
+  __device__ __forceinline__ void copy_tokens(int stage, int slab, const CUtensorMap* map, int k,
+                                              int row) const {
+    uint8_t* to = shared.tokens[stage] + slab * T::kSlabBytes;
+    uint64_t* full = &shared.tokens_full[stage];
+    if (team() == 1) return copy_box(to, map, k, row, full);
+    copy_box_to_both(to + rank() * (T::kSlabBytes / 2), map, k, row + rank() * (T::kTokens / 2), full);
   }
 
   // ---- consumers -----------------------------------------------------------------------------------
@@ -214,9 +227,11 @@ struct Kernel {
   using Operands = decltype(cute::make_tensor<bf>(
       cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<4 * T::kGroup>>{}));
 
-  __device__ __forceinline__ void release_tokens(int& held, bool arrives) const {
+  __device__ __forceinline__ void release_tokens(int& held) const {
     if (held < 0) return;
-    if (arrives) barrier_arrive(&shared.tokens_free[held]);
+    const uint32_t lane = threadIdx.x % 32;
+    if (T::kTeam == 1 && lane == 0) barrier_arrive(&shared.tokens_free[held]);
+    if (T::kTeam > 1 && lane < team()) barrier_arrive_at(&shared.tokens_free[held], lane);
     held = -1;
   }
 
@@ -231,7 +246,6 @@ struct Kernel {
     const Mma<N> tiled;
     const auto b = token_slabs<N>();
     Operands operands[T::kBuffers];
-    const bool arrives = threadIdx.x % 32 == 0;
     constexpr int kUnits = T::kUnits, kGroup = T::kGroup, kRound = T::kRound, kRawSteps = Weights::kRawSteps;
     const int end = own.end;  // in a register: barriers would have it read from shared memory again
     int held = -1;            // stage of tokens that products under way still read
@@ -270,12 +284,12 @@ struct Kernel {
           else if (s + kGroup < kStageSteps && (s + kGroup) % kRawSteps == 0)
             raw = Weights::load(at, base, s + kGroup, 0);
           warpgroup_wait<1>();
-          release_tokens(held, arrives);
+          release_tokens(held);
         }
         if (s % T::kSlabs == T::kSlabs - kGroup) held = next_tokens(pipe);
       }
       __syncwarp();  // the arrival speaks for loads of all lanes
-      if (arrives) barrier_arrive(&shared.weights_free[pipe.weights]);
+      if (threadIdx.x % 32 < kArrivals) barrier_arrive(&shared.weights_free[pipe.weights]);
       if (++pipe.weights == T::kWeightStages) pipe.weights = 0, pipe.weights_parity ^= 1;
     }
     warpgroup_wait<0>();
@@ -284,7 +298,7 @@ struct Kernel {
     constexpr int kLast = T::kSlabs - kRound;
     if (end % T::kSlabs > 0 && end % T::kSlabs <= kLast)  // the last tokens were not used up
       held = next_tokens(pipe);
-    release_tokens(held, arrives);
+    release_tokens(held);
   }
 
   __device__ __forceinline__ int next_tokens(Pipe& pipe) const {

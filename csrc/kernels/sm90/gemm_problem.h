@@ -12,7 +12,8 @@ struct Problem {
   GemmParams p;
   bool gated;                    // low rows from n, high rows from N/2 + n; else a tile's halves follow
   int32_t tile_step, half_step;  // weight rows from a tile to the next, from its low half to its high one
-  int32_t row_tiles;             // tiles of weight rows
+  int32_t row_tiles;             // tiles of weight rows, by teams
+  int32_t team;                  // CTAs of one: a cluster
   int32_t steps;                 // ceil(K / 64): of the MMAs, and atoms of scales
   int64_t sf_strip, sf_expert;   // bytes of scales of 128 rows, of an expert
   uint32_t* carried;  // [CTAs][Tile::kCarried][consumers]: accumulators of items that two CTAs share

@@ -19,23 +19,26 @@ void order_tokens(const GemmParams& p, bf16* out, cudaStream_t stream);
 // One instantiation a file: gemm_<tokens>.cu.
 using TileLauncher = void(const Problem&, const CUtensorMap& weights, const CUtensorMap& tokens,
                           cudaStream_t);
-TileLauncher launch_8s, launch_8, launch_16, launch_24, launch_32, launch_48, launch_64, launch_128;
+TileLauncher launch_8s, launch_8, launch_16, launch_24, launch_32, launch_48, launch_64, launch_128,
+    launch_256;
 
 // A kernel that begins with follow(): it comes up while the one before it on the stream still runs.
 template <class... Params>
 void launch_after(void (*kernel)(Params...), unsigned ctas, int threads, int64_t shared_bytes,
-                  cudaStream_t stream, const std::type_identity_t<Params>&... params) {
+                  cudaStream_t stream, unsigned cluster, const std::type_identity_t<Params>&... params) {
   if (ctas == 0) return;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(ctas);
+  config.gridDim = dim3(ctas / cluster * cluster);
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params...));
 }
 

@@ -12,7 +12,8 @@ void launch_kernel(const Problem& problem, const CUtensorMap& weights, const CUt
   CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   const auto ctas = static_cast<unsigned>(cuda::sm_count());
-  launch_after(kernel, ctas, T::kThreads, bytes, stream, problem, weights, tokens);
+  launch_after(kernel, ctas, T::kThreads, bytes, stream, static_cast<unsigned>(problem.team), problem,
+               weights, tokens);
 }
 
 template <class T>

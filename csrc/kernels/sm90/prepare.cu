@@ -7,90 +7,96 @@
 namespace nvfp4::sm90 {
 namespace {
 
-constexpr int kThreads = 128, kShare = kOrderChunk / 2;  // values of a thread: half the words of a chunk
+constexpr int kWarps = 2, kWarpChunks = 16;  // a lane has half a chunk
 
-// Values k .. k + 7 of a row, as BF16 pairs.
-template <bool packed>
-__device__ uint4 eight(const GemmParams& p, int64_t row, int64_t k) {
-  if (k >= p.K) return {};
-  const int64_t at = row * p.K + k;
-  if constexpr (!packed) return *reinterpret_cast<const uint4*>(p.a + at);
-  const uint32_t codes = *reinterpret_cast<const uint32_t*>(p.a_packed + at / 2);
-  const float sf = e4m3_decode(p.a_sf[at / kBlock]);
-  alignas(16) bf16 values[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = to_bf16(e2m1_decode(codes >> 4 * i & 15) * sf);
-  return *reinterpret_cast<const uint4*>(values);
-}
-
-// Half h of a chunk of 64: its 16-byte piece i holds, for c = 0..3, the pair (k, k + 4), k = 16 c + 8 h + i.
+// Half h of chunk c of a row, four 16-byte pieces: word j of piece i is the pair (k, k + 4), k = 16 j + 8 h +
+// i of the chunk.
 struct Half {
   uint4 piece[4];
 
-  template <bool packed>
-  __device__ static Half of(const GemmParams& p, int64_t row, int64_t begin) {
-    const int64_t first = begin / kOrderChunk * kOrderChunk;
-    const int h = begin % kOrderChunk != 0;
+  __device__ static Half of_values(const GemmParams& p, int64_t row, int c, int h) {
     uint4 in[4];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) in[c] = eight<packed>(p, row, first + 16 * c + 8 * h);
-    Half half;
-    uint4(&piece)[4] = half.piece;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      uint32_t* const words[] = {&piece[0].x + c, &piece[1].x + c, &piece[2].x + c, &piece[3].x + c};
-      *words[0] = __byte_perm(in[c].x, in[c].z, 0x5410);
-      *words[1] = __byte_perm(in[c].x, in[c].z, 0x7632);
-      *words[2] = __byte_perm(in[c].y, in[c].w, 0x5410);
-      *words[3] = __byte_perm(in[c].y, in[c].w, 0x7632);
+    for (int j = 0; j < 4; ++j) {
+      const int64_t k = c * kOrderChunk + 16 * j + 8 * h;
+      in[j] = k < p.K ? *reinterpret_cast<const uint4*>(p.a + row * p.K + k) : uint4{};
     }
+    Half half;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      half.set(j, {__byte_perm(in[j].x, in[j].z, 0x5410), __byte_perm(in[j].x, in[j].z, 0x7632),
+                   __byte_perm(in[j].y, in[j].w, 0x5410), __byte_perm(in[j].y, in[j].w, 0x7632)});
     return half;
   }
 
-  // Two threads, the halves of a chunk, take turns: each instruction then fills whole sectors of 32 bytes.
-  __device__ void pair_up(int h) {
+  __device__ static Half of_codes(const GemmParams& p, int64_t row, int c, int h) {
+    uint32_t codes[4];
+    float scales[4];
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      take_turns(h, piece[i].x, piece[i + 1].x);
-      take_turns(h, piece[i].y, piece[i + 1].y);
-      take_turns(h, piece[i].z, piece[i + 1].z);
-      take_turns(h, piece[i].w, piece[i + 1].w);
+    for (int j = 0; j < 4; ++j) {
+      const int64_t k = c * kOrderChunk + 16 * j + 8 * h, at = row * p.K + k;
+      codes[j] = k < p.K ? *reinterpret_cast<const uint32_t*>(p.a_packed + at / 2) : 0;
+      scales[j] = k < p.K ? e4m3_decode(p.a_sf[at / kBlock]) : 0.0f;
     }
-  }
-  __device__ static void take_turns(int h, uint32_t& first, uint32_t& second) {
-    const uint32_t given = __shfl_xor_sync(~0u, h ? first : second, 1);
-    first = h ? given : first;
-    second = h ? second : given;
-  }
-
-  // After pair_up: pieces 0 and 2 belong to the chunk's first half, 1 and 3 to its second.
-  __device__ void store(bf16* chunk, int h) const {
+    Half half;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      *reinterpret_cast<uint4*>(chunk + i % 2 * kShare + i / 2 * 16 + h * 8) = piece[i];
+    for (int j = 0; j < 4; ++j) {
+      const float s = scales[j] * 0x1p119f;
+      const uint32_t scale = to_bf16x2(s, s), by_8 = codes[j] >> 8;
+      const auto value = [&](uint32_t pair) { return multiply(multiply(pair, scale), kUnitPair); };
+      half.set(j, {value(pair_of<0>(codes[j], by_8)), value(pair_of<1>(codes[j], by_8)),
+                   value(pair_of<2>(codes[j], by_8)), value(pair_of<3>(codes[j], by_8))});
+    }
+    return half;
+  }
+  static constexpr uint32_t kUnitPair = 0x43004300;  // kDecodedUnit
+
+  __device__ void set(int j, const uint4& words) {
+    (&piece[0].x)[j] = words.x;
+    (&piece[1].x)[j] = words.y;
+    (&piece[2].x)[j] = words.z;
+    (&piece[3].x)[j] = words.w;
   }
 };
 
-// A thread's share of a row of `a`, to every row of the product that reads it where `slots` says which (a row
-// is read once), else of a row of the product.
+// Lanes with four pieces each in a row become lanes with every 32nd: a store of the warp is 512 bytes then.
+__device__ void turn(uint4 (&turned)[4 * 32], int lane, uint4 (&piece)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) turned[(4 * lane + i) ^ lane / 2 % 4] = piece[i];  // keeps banks apart
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) piece[i] = turned[(32 * i + lane) ^ lane / 8 % 4];
+}
+
+// A warp's part of a row of `a`, to every row of the product that reads it where `slots` says which (a row is
+// read once), else of a row of the product.
 template <bool packed>
-__global__ void __launch_bounds__(kThreads) order_kernel(GemmParams p, int64_t width, bf16* out) {
+__global__ void __launch_bounds__(32 * kWarps) order_kernel(GemmParams p, int chunks, int parts, bf16* out) {
+  __shared__ uint4 turned[kWarps][4 * 32];
   follow();
   lead();  // not before: the product reads offsets and weights without waiting for this kernel
-  const int64_t share = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t rows = p.slots ? p.a_rows : p.R, row = share / (width / kShare),
-                begin = share % (width / kShare) * kShare, chunk = begin / kOrderChunk * kOrderChunk;
-  const int h = begin % kOrderChunk != 0;
-  int64_t from = min(row, rows - 1);  // all lanes take part in the exchange
-  if (!p.slots && p.rows) from = min(max(static_cast<int64_t>(p.rows[from]), int64_t{0}), p.a_rows - 1);
-  Half half = Half::of<packed>(p, from, begin);
-  half.pair_up(h);
-  if (row >= rows) return;
-  if (!p.slots) return half.store(out + row * width + chunk, h);
-  const int choices = static_cast<int>(p.R / p.a_rows);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t row = blockIdx.x / parts;
+  const int first = (blockIdx.x % parts * kWarps + warp) * kWarpChunks;
+  if (first >= chunks) return;
+  const int choices = p.slots ? static_cast<int>(p.R / p.a_rows) : 1;
+  const auto place = [&](int j) -> int64_t {  // of the row's choice j
+    if (!p.slots) return row;
+    return j < choices ? p.slots[row * choices + j] : -1;
+  };
+  int64_t places = place(lane);
+  int64_t from = row;
+  if (!p.slots && p.rows) from = min(max(static_cast<int64_t>(p.rows[row]), int64_t{0}), p.a_rows - 1);
+  auto [piece] = (packed ? Half::of_codes : Half::of_values)(p, from, first + lane / 2, lane % 2);
+  turn(turned[warp], lane, piece);
   for (int j = 0; j < choices; ++j) {
-    const int64_t to = p.slots[row * choices + j];
-    if (to >= 0 && to < p.R) half.store(out + to * width + chunk, h);
+    if (j > 0 && j % 32 == 0) places = place(j + lane);
+    const int64_t to = __shfl_sync(~0u, places, j % 32);
+    if (to < 0 || to >= p.R) continue;
+    uint4* const pieces = reinterpret_cast<uint4*>(out + (to * chunks + first) * kOrderChunk) + lane;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (first + 4 * i + lane / 8 < chunks) pieces[32 * i] = piece[i];
   }
 }
 
@@ -99,10 +105,11 @@ __global__ void __launch_bounds__(kThreads) order_kernel(GemmParams p, int64_t w
 int64_t ordered_width(int64_t K) { return (K + kOrderChunk - 1) / kOrderChunk * kOrderChunk; }
 
 void order_tokens(const GemmParams& p, bf16* out, cudaStream_t stream) {
-  const int64_t width = ordered_width(p.K), shares = (p.slots ? p.a_rows : p.R) * width / kShare;
-  const auto ctas = static_cast<unsigned>((shares + kThreads - 1) / kThreads);
-  launch_after(p.a_packed ? order_kernel<true> : order_kernel<false>, ctas, kThreads, 0, stream, p, width,
-               out);
+  const int chunks = static_cast<int>(ordered_width(p.K) / kOrderChunk),
+            parts = (chunks + kWarps * kWarpChunks - 1) / (kWarps * kWarpChunks);
+  const int64_t ctas = (p.slots ? p.a_rows : p.R) * parts;
+  launch_after(p.a_packed ? order_kernel<true> : order_kernel<false>, static_cast<unsigned>(ctas),
+               32 * kWarps, 0, stream, 1, p, chunks, parts, out);
 }
 
 }  // namespace nvfp4::sm90

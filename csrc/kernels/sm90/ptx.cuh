@@ -27,6 +27,23 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
+// At the barrier in the same place of another CTA of the cluster, or of this one: tensor cores have read what
+// its copy engine may write now. (A release to the cluster would be a fence of the whole GPU each time.)
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+      "mbarrier.arrive.release.cta.shared::cluster.b64 _, [there];}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// Lanes of a warp that arrive for it, after __syncwarp: one would do, but racecheck follows each lane alone.
+#ifdef NVFP4_RACECHECK
+constexpr uint32_t kArrivals = 32;
+#else
+constexpr uint32_t kArrivals = 1;
+#endif
+
 // The one arrival of a producer, which also announces the bytes that its copies will bring.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
@@ -113,6 +130,16 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, int x
       : "memory");
 }
 
+// To the same place of every CTA of a cluster of two, each barrier hearing of its own.
+__device__ __forceinline__ void copy_box_to_both(void* to, const CUtensorMap* map, int x, int y,
+                                                 uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(3))
+      : "memory");
+}
+
 // `bytes` contiguous ones, a multiple of 16.
 __device__ __forceinline__ void copy_bytes(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   asm volatile(
@@ -133,6 +160,11 @@ __device__ __forceinline__ uint64_t flag_read(const uint64_t* flag) {
   uint64_t value;
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
   return value;
+}
+
+// All threads of a cluster that have not ended.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
