@@ -1,7 +1,7 @@
 """One shared library per chip folder, on torch's stable ABI: no Python inside, one for every torch >= 2.11.
 
 NVFP4_CHIPS = sm90,sm100,... | all | none (CPU only, nvcc not used); unset: the chips found on this machine.
-NVFP4_RACECHECK = 1: for compute-sanitizer's racecheck, some tenth slower (docs/kernels.md, Hopper).
+NVFP4_SANITIZE = 1: for compute-sanitizer, some tenth slower (docs/kernels.md, Hopper).
 The device is asked through nvidia-smi, never through CUDA, so a build needs no GPU.
 """
 
@@ -63,7 +63,7 @@ NVCC_FLAGS = [
     "-DNDEBUG",  # or CUTLASS tests every copy's thread, with a breakpoint behind
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xptxas=-warn-spills",
-    *(["-DNVFP4_RACECHECK"] if os.environ.get("NVFP4_RACECHECK") == "1" else []),
+    *(["-DNVFP4_SANITIZE"] if os.environ.get("NVFP4_SANITIZE") == "1" else []),
 ]
 CUDA_HOME = find_cuda()
 cpp_extension.CUDA_HOME = CUDA_HOME  # None under a CPU-only torch, whatever the environment says

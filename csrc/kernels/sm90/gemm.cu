@@ -138,6 +138,9 @@ void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
                         reinterpret_cast<uint32_t*>(carried),
                         reinterpret_cast<uint64_t*>(carried + bytes.carried),
                         next_launch()};
+#ifdef NVFP4_SANITIZE  // a flag is read while it may be anything: initcheck would say so
+  CUDA_CHECK(cudaMemsetAsync(problem.flags, 0, static_cast<size_t>(bytes.flags), stream));
+#endif
   const CUtensorMap codes =
       p.b_packed ? CUtensorMap{}
                  : tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.K / 2, p.E * p.N, tile.rows / 2);

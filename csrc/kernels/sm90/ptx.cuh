@@ -38,7 +38,7 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t ra
 }
 
 // Lanes of a warp that arrive for it, after __syncwarp: one would do, but racecheck follows each lane alone.
-#ifdef NVFP4_RACECHECK
+#ifdef NVFP4_SANITIZE
 constexpr uint32_t kArrivals = 32;
 #else
 constexpr uint32_t kArrivals = 1;
