@@ -228,6 +228,21 @@ def test_a_row_of_any_kind_of_batch_has_its_bits():
         assert_same_bits(gemm(a[:count], w, [0, count, 0, 0]), want[:count].cpu(), f"{count} rows")
 
 
+@pytest.mark.parametrize("rows", [1, 16, 100])
+def test_a_graph_whose_ctas_share_tiles_is_replayed(rows):
+    """What a CTA left in one replay must not be taken for what it leaves in the next."""
+    E, N, K = SHARED
+    w, a = weights(E, N, K), tokens(E * rows, K)
+    gemm(a, w, [rows] * E)
+    sf, offsets, graph = ops.remap_sf(w.sf), offsets_of([rows] * E), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.grouped_gemm(a, None, None, w.b, sf, w.alpha, offsets)
+    for replay in range(6):
+        a.copy_(tokens(E * rows, K))
+        graph.replay()
+        assert_same_bits(out, gemm(a, w, [rows] * E).cpu(), f"replay {replay}")
+
+
 def zipf(R, E):
     share = 1 / torch.arange(1, E + 1, dtype=torch.float64)
     return torch.multinomial(share, R, replacement=True).bincount(minlength=E).tolist()
