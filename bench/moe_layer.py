@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nvfp4_moe import Nvfp4Tensor, ops
 
-READ, TENSOR = 4.55e12, 790e12  # bytes/s and FLOP/s the floor assumes: the best an H200 gave in cold.ceilings
+READ, TENSOR = 4.55e12, 790e12  # bytes/s, FLOP/s of the floor: what an H200 gave in cold.ceilings
 
 
 @dataclass(frozen=True)

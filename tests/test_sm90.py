@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from cases import Weights, lively, poison, random_packed, random_sf
+from cases import Weights, epilogue_steps, lively, poison, random_packed, random_sf
 from compare import assert_gemm, assert_same_bits
 from conftest import missing_hopper
 
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(missing_hopper() is not None, reason=str(missing_hopper())),
 ]
 
-# The order in which a chunk of 64 k is summed: k_at() of csrc/kernels/sm90/decode.cuh.
+# The order in which a chunk of 64 k is summed: csrc/kernels/sm90/decode.cuh, at its end.
 K_ORDER = torch.tensor([p // 2 % 4 * 16 + p // 32 * 8 + p % 2 * 4 + p // 8 % 4 for p in range(64)])
 NARROW = (4, 392, 544)  # E, N, K: N % 128 = 8, K % 64 = 32, both of them the GEMM's least steps
 WIDE = (96, 1536, 224)  # so many weight rows that the table need not halve a tile to fill the chip
@@ -206,6 +206,15 @@ class TestEveryTile:
         assert_same_bits(gemm(a, w, counts), want.cpu())
 
 
+@pytest.mark.parametrize("rows", [1, 12, 64])
+def test_every_step_of_the_epilogue_is_rounded_in_the_contracts_order(rows):
+    for (codes, sf, scale), w, _, bias, want in epilogue_steps():
+        a = (codes[:rows].to(DEVICE), sf[:rows].to(DEVICE), scale[:rows].to(DEVICE))
+        w = Weights(*(t.to(DEVICE) for t in (w.b, w.sf, w.alpha)))
+        got = gemm(a, w, [rows], None if bias is None else bias.to(DEVICE))
+        assert_same_bits(got, want[:rows])
+
+
 @pytest.mark.parametrize("size", [NARROW, WIDE, SHARED], ids=str)
 def test_a_row_has_the_same_bits_alone_and_at_any_place_of_any_batch(size):
     E, N, K = size
@@ -228,7 +237,7 @@ def test_a_row_of_any_kind_of_batch_has_its_bits():
         assert_same_bits(gemm(a[:count], w, [0, count, 0, 0]), want[:count].cpu(), f"{count} rows")
 
 
-@pytest.mark.parametrize("rows", [1, 16, 100])
+@pytest.mark.parametrize("rows", [1, 9, 31, 100])
 def test_a_graph_whose_ctas_share_tiles_is_replayed(rows):
     """What a CTA left in one replay must not be taken for what it leaves in the next."""
     E, N, K = SHARED

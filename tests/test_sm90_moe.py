@@ -12,7 +12,9 @@ __all__ = ["faults_show_in_their_own_test", "pytestmark"]  # pytest reads them h
 
 SMALL = (4, 8, 544, 256)  # k, E, H, I; H % 64 = 32
 WIDE = (4, 96, 288, 768)  # enough weight rows for whole tiles at few tokens
+SHARED = (4, 24, 544, 1536)  # CTAs hand on sums of the first product, teams at 100 rows an expert
 SIZES = [(T, *SMALL) for T in (1, 5, 16, 33, 80, 150, 300)] + [(T, *WIDE) for T in (30, 70)]
+SIZES += [(T, *SHARED) for T in (54, 600)]
 ODD = [(9, 2, 4, 96, 48), (40, 3, 6, 160, 288), (70, 2, 4, 256, 192)]  # I no multiple of 64, or of a tile
 ACTS = ("silu", "swiglu_limit", "swiglu_oai")
 

@@ -70,8 +70,8 @@ static std::string no_chip(const Tensor& home, const GemmParams& p) {
 // The chip's own kernel where its library is loaded and takes it, else the one that runs on every chip.
 void launch_gemm(const char* op, const char* w, const Tensor& home, const GemmParams& p) {
   const Chip* chip = chip_for(home, p);
-  NVFP4_CHECK(chip || !p.b_packed, "nvfp4::", op, ": `", w, "` is packed for sm90, got it ", no_chip(home, p),
-              "; unpack_sm90 gives the layout back that runs everywhere");
+  NVFP4_CHECK(chip || !p.b_packed || p.E == 0, "nvfp4::", op, ": `", w, "` is packed for sm90, got it ",
+              no_chip(home, p), "; unpack_sm90 gives the layout back that runs everywhere");
   if (!chip) return launch(home, p, cpu::grouped_gemm, cuda::grouped_gemm);
   const OnDevice device(home);
   Tensor scratch = empty(home, {chip->workspace(p)}, kU8);

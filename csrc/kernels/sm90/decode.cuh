@@ -9,7 +9,6 @@
 namespace nvfp4::sm90 {
 
 constexpr float kDecodedUnit = 128.0f;  // accumulators are sums of v * s * 2^-7
-constexpr uint32_t kNaNScale = 0x7f;
 
 __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
   uint32_t product;
@@ -94,8 +93,5 @@ __device__ __forceinline__ void decode(const Words& lo, const Words& hi, uint32_
 // The order of K inside a chunk of 64 in which decode() yields it: position 32 h + 8 i + 2 c + b holds
 // k = 16 c + 8 h + 4 b + i (lane c's block, word h, pair i, half b).
 constexpr int kOrderChunk = 64;
-__host__ __device__ constexpr int k_at(int position) {
-  return (position >> 1 & 3) * 16 + (position >> 5) * 8 + (position & 1) * 4 + (position >> 3 & 3);
-}
 
 }  // namespace nvfp4::sm90

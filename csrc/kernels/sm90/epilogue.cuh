@@ -5,11 +5,11 @@
 
 namespace nvfp4::sm90 {
 
-struct Factors {      // of one weight row
-  float alpha, bias;  // alpha of accumulators: times kDecodedUnit
+struct Factors {  // of one weight row
+  float alpha, bias;
 };
 
-// bf16((acc * alpha) * a_scale + bias); `plain`: there is neither a scale nor a bias.
+// (acc * alpha) * a_scale + bias; `plain`: there is neither a scale nor a bias.
 template <bool plain>
 __device__ __forceinline__ float finish(float sum, Factors f, float a_scale, const GemmParams& p) {
   float y = sum * f.alpha;
@@ -76,13 +76,33 @@ struct Epilogue {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         const float* from = place_of_factor((half * kUnits + u) * 8 + lane / 4);
-        factors[half][u] = {kDecodedUnit * from[0], p.bias ? from[1] : 0.0f};
+        factors[half][u] = {from[0], p.bias ? from[1] : 0.0f};
       }
   }
 
+  // Sums are in units of 1 / kDecodedUnit: alpha makes up for it or, where it would overflow, they do.
+  template <class Accumulators>
+  __device__ __forceinline__ void take_unit(Accumulators& acc) {
+    bool overflows = false;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u)
+      overflows |= fmaxf(fabsf(factors[0][u].alpha), fabsf(factors[1][u].alpha)) > 0x1p120f;
+    if (__any_sync(~0u, overflows)) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+        for (int i = 0; i < cute::size(acc[u]); ++i) acc[u](i) *= kDecodedUnit;
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u)
+        factors[0][u].alpha *= kDecodedUnit, factors[1][u].alpha *= kDecodedUnit;
+    }
+  }
+
   template <int N, class Accumulators>
-  __device__ __forceinline__ void run(const Accumulators& acc, const uint32_t (&worst)[kUnits]) {
+  __device__ __forceinline__ void run(Accumulators& acc, const uint32_t (&worst)[kUnits]) {
     take_factors();
+    take_unit(acc);
     poison(worst);
     const bool plain = !p.a_scale && !p.bias;
 #pragma unroll 1
@@ -112,8 +132,8 @@ struct Epilogue {
     for (int u = 0; u < kUnits; ++u) {
       uint32_t bytes = __vmaxu2(worst[u], __shfl_xor_sync(~0u, worst[u], 1));
       bytes = __vmaxu2(bytes, __shfl_xor_sync(~0u, bytes, 2));
-      if ((bytes & 0xffff) == kNaNScale) factors[0][u].alpha = float_of(0x7fc00000u);
-      if (bytes >> 16 == kNaNScale) factors[1][u].alpha = float_of(0x7fc00000u);
+      if ((bytes & 0xffff) == kE4m3NaN) factors[0][u].alpha = float_of(0x7fc00000u);
+      if (bytes >> 16 == kE4m3NaN) factors[1][u].alpha = float_of(0x7fc00000u);
     }
   }
 
@@ -201,141 +221,5 @@ struct Epilogue {
     return first + unit / 2 * 64 + (k_order ? unit % 2 * 32 + i * 8 : i * 16 + unit % 2 * 8);
   }
 };
-
-// Accumulators, and the scales seen, on their way from one CTA to the next.
-template <class T>
-struct Carried {
-  const Problem& problem;
-  int group, team;
-
-  __device__ __forceinline__ uint32_t* values(int cta) const {
-    return problem.carried + static_cast<int64_t>(cta) * T::kCarried * T::kConsumers + threadIdx.x;
-  }
-  __device__ __forceinline__ uint64_t* flag(int cta) const {
-    return problem.flags + cta * T::kWarpgroups + group;
-  }
-
-  template <class Accumulator>
-  __device__ __forceinline__ void leave(const Accumulator (&acc)[T::kUnits],
-                                        const uint32_t (&worst)[T::kUnits]) const {
-    uint32_t* to = values(blockIdx.x);
-#pragma unroll
-    for (int u = 0; u < T::kUnits; ++u) {
-#pragma unroll
-      for (int i = 0; i < cute::size(acc[u]); ++i, to += T::kConsumers) *to = __float_as_uint(acc[u](i));
-      *to = worst[u], to += T::kConsumers;
-    }
-    __threadfence();
-    sync_threads(1 + group, 128);
-    if (threadIdx.x % 128 == 0) flag_raise(flag(blockIdx.x), problem.launch);
-  }
-
-  // Lowers the flag again: a graph's next replay raises the same one.
-  template <class Accumulator>
-  __device__ __forceinline__ void take_over(Accumulator (&acc)[T::kUnits],
-                                            uint32_t (&worst)[T::kUnits]) const {
-    const int before = blockIdx.x - team;
-    while (flag_read(flag(before)) != problem.launch) __nanosleep(64);
-    const uint32_t* from = values(before);
-#pragma unroll
-    for (int u = 0; u < T::kUnits; ++u) {
-#pragma unroll
-      for (int i = 0; i < cute::size(acc[u]); ++i, from += T::kConsumers)
-        acc[u](i) = __uint_as_float(__ldcg(from));
-      worst[u] = __ldcg(from), from += T::kConsumers;
-    }
-    sync_threads(1 + group, 128);
-    if (threadIdx.x % 128 == 0) *flag(before) = 0;
-  }
-};
-
-template <class T, template <class> class W>
-template <int N>
-__device__ __forceinline__ void Kernel<T, W>::compute(Pipe& pipe, const Work& work) const {
-  const auto& [it, own] = work;
-  if constexpr (N < T::kTokens)
-    if (it.count > N) return compute<N + T::kStep>(pipe, work);
-  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  if (own.end == problem.steps) Epilogue<Kernel>(*this, it).bring_factors();
-  const int rows[] = {half_row(it, 0), half_row(it, 1)};
-  const Carried<T> carried{problem, group, team()};
-  Accumulator<N> acc[T::kUnits];
-  uint32_t worst[T::kUnits] = {};
-#pragma unroll
-  for (int u = 0; u < T::kUnits; ++u) cute::clear(acc[u]);
-  if (own.begin > 0) carried.take_over(acc, worst);
-#pragma unroll
-  for (int u = 0; u < T::kUnits; ++u) cute::warpgroup_fence_operand(acc[u]);  // or ptxas serialises (C7514)
-  multiply_part<N>(pipe, own, Weights::places(problem, rows, group, warp, lane), acc, worst);
-  if (own.end < problem.steps) return carried.leave(acc, worst);
-  Epilogue<Kernel>(*this, it).template run<N>(acc, worst);
-}
-
-template <class T, template <class> class W>
-__device__ void Kernel<T, W>::consume() const {
-  Pipe pipe;
-  for (int n = 0;; n = n == T::kWeightStages ? 0 : n + 1) {
-    barrier_wait(&shared.weights_full[pipe.weights], pipe.weights_parity);
-    const Work& work = shared.work[n];
-    if (work.item.count == 0) return;
-    compute<T::kLeast>(pipe, work);
-  }
-}
-
-// Rows of no expert come back zero.
-template <class Kernel>
-__device__ void zero_tail(const Kernel& kernel) {
-  using T = typename Kernel::Tile;
-  const GemmParams& p = kernel.p;
-  const int64_t pieces = (kernel.problem.gated ? p.N / 2 : p.N) / 8;
-  const int64_t begin = kernel.rows_before(static_cast<int>(p.E)) * pieces, end = p.R * pieces;
-  uint4* out = reinterpret_cast<uint4*>(p.out);
-  for (int64_t i = begin + blockIdx.x * T::kConsumers + threadIdx.x; i < end; i += gridDim.x * T::kConsumers)
-    out[i] = {};
-}
-
-// Offsets and weights are read while the kernel before this one still runs: it is prepare.cu's, or a product
-// as this one, and neither lets this one come up before what was on the stream before it is done.
-template <class T, template <class> class Weights>
-__global__ void __launch_bounds__(T::kThreads, 1)
-    grouped_kernel(const __grid_constant__ Problem problem, const __grid_constant__ CUtensorMap weights,
-                   const __grid_constant__ CUtensorMap tokens) {
-  extern __shared__ __align__(1024) uint8_t raw[];
-  using Kernel = Kernel<T, Weights>;
-  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
-  const Kernel kernel{shared, problem, problem.p};
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < T::kWeightStages; ++i) {
-      barrier_init(&shared.weights_full[i], 1);
-      barrier_init(&shared.weights_free[i], T::kConsumers / 32 * kArrivals);
-    }
-    for (int i = 0; i < T::kTokenStages; ++i) {
-      barrier_init(&shared.tokens_full[i], 1);
-      barrier_init(&shared.tokens_free[i], kernel.team() * T::kConsumers / 32);
-    }
-    barrier_init_done();
-  }
-  lead();
-  kernel.plan();
-  if constexpr (T::kTeam > 1)
-    cluster_sync();  // no CTA arrives at a barrier of another before it is there
-  else
-    __syncthreads();
-  if (warp < T::kConsumers / 32) {
-    cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
-    follow();
-    if (!problem.p.leave_tail) zero_tail(kernel);
-    kernel.consume();
-    if constexpr (T::kTeam > 1) cluster_sync();  // no CTA ends before all have arrived at its barriers
-    return;
-  }
-  cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
-  if (warp == T::kConsumers / 32 && lane == 0) kernel.load_weights(&weights);
-  if (warp == T::kConsumers / 32 + 1 && lane == 0) {
-    follow();
-    kernel.load_tokens(&tokens);
-  }
-}
 
 }  // namespace nvfp4::sm90

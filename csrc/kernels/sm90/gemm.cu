@@ -45,9 +45,9 @@ constexpr Choice kTable[] = {
 // By shapes alone: what is routed where is known on the device only.
 const Choice& choose(int64_t R, int64_t N, int64_t E) {
   const int64_t hit = std::max<int64_t>(std::min(R, E), 1), rows = (R + E - 1) / std::max<int64_t>(E, 1);
-  for (const Choice& c : kTable)
-    if (rows <= c.rows_an_expert && hit * ((N + c.rows - 1) / c.rows) <= c.tiles) return c;
-  return kTable[0];
+  const Choice* c = kTable;  // whose last takes all
+  while (rows > c->rows_an_expert || hit * ((N + c->rows - 1) / c->rows) > c->tiles) ++c;
+  return *c;
 }
 
 decltype(&cuTensorMapEncodeTiled) encoder() {
@@ -152,7 +152,7 @@ void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
 
 std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, bool packed_a) {
   const Choice& tile = choose(R, N, E);
-  const int64_t tiles = (N + tile.rows - 1) / tile.rows * (E ? E : 1);
+  const int64_t tiles = (N + tile.rows - 1) / tile.rows * std::max<int64_t>(std::min(R, E), 1);
   return "sm90 " + std::string(tile.name) + " (weight rows x tokens), K " + std::to_string(K) +
          " in steps of 64, " + std::to_string(tiles) + " or more tiles on " +
          std::to_string(cuda::sm_count()) + " CTAs" +

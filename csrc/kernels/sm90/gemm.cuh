@@ -106,7 +106,7 @@ struct Kernel {
   // steps of K: what is left after the whole waves but one is cut into equal runs of stages, so a CTA's run
   // may end inside an item (a head) and the next CTA's begins there (its rest). A CTA computes its head first
   // and leaves the accumulators in memory, and takes over its neighbour's last of all, when that one is long
-  // there: no K chain is broken, no CTA waits.
+  // there, or soon (CTAs come up in ascending order): no K chain is broken.
   __device__ __forceinline__ bool part(int n, Part& part) const {
     const int items = shared.first[p.E].x * problem.row_tiles;
     const int ctas = gridDim.x / team(), cta = blockIdx.x / team();

@@ -22,7 +22,7 @@ using TileLauncher = void(const Problem&, const CUtensorMap& weights, const CUte
 TileLauncher launch_8s, launch_8, launch_16, launch_24, launch_32, launch_48, launch_64, launch_128,
     launch_256;
 
-// A kernel that begins with follow(): it comes up while the one before it on the stream still runs.
+// A kernel that comes up while the one before it on the stream still runs, and waits for it by follow().
 template <class... Params>
 void launch_after(void (*kernel)(Params...), unsigned ctas, int threads, int64_t shared_bytes,
                   cudaStream_t stream, unsigned cluster, const std::type_identity_t<Params>&... params) {

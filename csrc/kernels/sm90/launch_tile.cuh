@@ -1,5 +1,5 @@
 #pragma once
-#include "epilogue.cuh"
+#include "kernel.cuh"
 #include "launch.h"
 
 namespace nvfp4::sm90 {
@@ -7,13 +7,13 @@ namespace nvfp4::sm90 {
 template <class T, template <class> class Weights>
 void launch_kernel(const Problem& problem, const CUtensorMap& weights, const CUtensorMap& tokens,
                    cudaStream_t stream) {
-  const int64_t bytes = Kernel<T, Weights>::shared_bytes(problem.p.E);
+  using Kernel = Kernel<T, Weights>;
   const auto kernel = grouped_kernel<T, Weights>;
-  CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  const auto most = static_cast<int>(Kernel::shared_bytes(kMostExperts));  // whatever E: threads share it
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   const auto ctas = static_cast<unsigned>(cuda::sm_count());
-  launch_after(kernel, ctas, T::kThreads, bytes, stream, static_cast<unsigned>(problem.team), problem,
-               weights, tokens);
+  launch_after(kernel, ctas, T::kThreads, Kernel::shared_bytes(problem.p.E), stream,
+               static_cast<unsigned>(problem.team), problem, weights, tokens);
 }
 
 template <class T>

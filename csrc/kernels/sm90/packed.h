@@ -28,7 +28,7 @@ NVFP4_HD constexpr int64_t packed_bytes(int64_t N, int64_t K) {  // of an expert
   return N / kPackedRows * packed_columns(K) * kPackedBytes;
 }
 
-// Where lane g of eight finds its row: even rows for g < 4, odd ones for the rest (gemm.cuh's places).
+// Where lane g of eight finds its row: even rows for g < 4, odd ones for the rest (weights.cuh's place_of).
 NVFP4_HD constexpr int row_of(int g) { return g % 4 * 2 + g / 4; }
 
 // Byte, in a block, of the eight bytes of codes of (row, step, c); its scale is at

@@ -40,6 +40,7 @@ struct Tile {
   // what follows a unit's slice does.
   static constexpr int kOutBytes = 64 + 16, kPlaneBytes = kSlice * kOutBytes + 64;
   static_assert(kWarpgroups * kUnits % 2 == 0, "row mapping works on pairs of 64-row tiles");
+  static_assert(kTeam <= 2 && (kTokens - kLeast) % kStep == 0);
   static_assert(kStageSteps % kSlabs == 0 && kSlabs % kGroup == 0);
   static constexpr int kRound = kGroup * kBuffers > kUnits ? kGroup * kBuffers / kUnits : kGroup;
   static_assert(kSlabs % kRound == 0 || kSlabs == 1, "steps that use every buffer once end with a stage");
