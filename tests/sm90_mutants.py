@@ -77,27 +77,21 @@ def build(out: Path) -> None:
     objects = out / "objects"
     objects.mkdir(parents=True, exist_ok=True)
 
-    def compiled(source: Path, to: Path) -> Path:
-        subprocess.run([f"{setup.CUDA_HOME}/bin/nvcc", *flags, "-c", source, "-o", to], check=True)
-        return to
+    def compiled(kernels: Path, source: str, to: Path) -> None:
+        command = [f"{setup.CUDA_HOME}/bin/nvcc", *flags, "-c", kernels / f"sm90/{source}.cu"]
+        subprocess.run([*command, "-o", to / f"{source}.o"], check=True)
 
     def library(mutant: Mutant) -> None:
         with tempfile.TemporaryDirectory() as folder:
             copy = shutil.copytree(KERNELS, Path(folder) / "kernels")
             mutant.apply(copy)
-            mine = compiled(copy / "sm90" / f"{mutant.source}.cu", Path(folder) / "mine.o")
-            files = [mine if s == mutant.source else right[s] for s in sources]
+            compiled(copy, mutant.source, Path(folder))
+            files = [(Path(folder) if s == mutant.source else objects) / f"{s}.o" for s in sources]
             to = out / f"{mutant.name.replace(' ', '_')}.so"
             subprocess.run(["c++", "-shared", *files, "-o", to, *setup.cudart()], check=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        right = dict(
-            zip(
-                sources,
-                pool.map(lambda s: compiled(KERNELS / "sm90" / f"{s}.cu", objects / f"{s}.o"), sources),
-                strict=True,
-            )
-        )
+        list(pool.map(lambda source: compiled(KERNELS, source, objects), sources))
         list(pool.map(library, MUTANTS))
     shutil.rmtree(objects)
 
@@ -139,7 +133,8 @@ def run(folder: Path) -> bool:
         name = "nothing planted" if library == right else library.stem.replace("_", " ")
         print(f"{color:5} {seconds:4.0f} s  {name}  {first}")
     (control, seconds, _), *rest = found
-    return control == "green" and 2 * seconds < SECONDS and all(color != "green" for color, _, _ in rest)
+    answers = control == "green" and 2 * seconds < SECONDS  # or what is only slow would count as hanging
+    return answers and all(color != "green" for color, _, _ in rest)
 
 
 if __name__ == "__main__":

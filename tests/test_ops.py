@@ -6,7 +6,7 @@ from cases import lively, random_packed, random_sf, random_weights
 from compare import REFUSED, assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.library import opcheck
+from torch import library
 
 from nvfp4_moe import ops, reference
 
@@ -86,7 +86,7 @@ class TestEveryOperator:
             checks -= {
                 "test_schema"
             }  # it multiplies float8 tensors, which torch cannot (CPU; CUDA before 2.13)
-        opcheck(getattr(OPS, name), args, test_utils=sorted(checks))
+        library.opcheck(getattr(OPS, name), args, test_utils=sorted(checks))
 
     def test_compiles_without_a_graph_break(self, name, device):
         args = sample_calls(device)[name]

@@ -155,11 +155,8 @@ def packed_experts(E, H, I, halves=2):
 def test_no_experts_are_no_error(device):
     """A rank that holds none: every row is nobody's."""
     w13, none, alpha13, w2, _, alpha2 = (t.to(device) for t in packed_experts(0, 128, 96))
-    x, ids = (
-        lively(5, 128, dtype=torch.bfloat16).to(device),
-        torch.zeros(5, 2, dtype=torch.int32, device=device),
-    )
-    offsets, factors = torch.zeros(1, dtype=torch.int32, device=device), torch.rand(5, 2, device=device)
+    x, factors = lively(5, 128, dtype=torch.bfloat16).to(device), torch.rand(5, 2, device=device)
+    ids, offsets = (torch.zeros(n, dtype=torch.int32, device=device) for n in ((5, 2), (1,)))
     poison((5, 192), torch.bfloat16, device)
     assert not ops.grouped_gemm(x, None, None, w13, none, alpha13, offsets).any()
     for compute in ops.COMPUTES:

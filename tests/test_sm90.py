@@ -24,11 +24,8 @@ pytestmark = [
 K_ORDER = torch.tensor([p // 2 % 4 * 16 + p // 32 * 8 + p % 2 * 4 + p // 8 % 4 for p in range(64)])
 NARROW = (4, 392, 544)  # E, N, K: N % 128 = 8, K % 64 = 32, both of them the GEMM's least steps
 WIDE = (96, 1536, 224)  # so many weight rows that the table need not halve a tile to fill the chip
-SHARED = (
-    24,
-    1536,
-    544,
-)  # tiles for more than one wave, K of three stages: the last wave is shared out along K
+# Tiles for more than one wave and K of three stages: the last wave is shared out along K.
+SHARED = (24, 1536, 544)
 ROWS = (1, 2, 3, 5, 8, 9, 16, 17, 20, 24, 28, 31, 40, 48, 64, 70, 90, 112, 128, 129, 150, 200)  # an expert
 CASES = [
     *((rows, *NARROW) for rows in ROWS),

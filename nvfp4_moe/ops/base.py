@@ -1,8 +1,7 @@
 """What the operators' wrappers and fakes share."""
 
 import torch
-from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch import Tensor, library
 
 from ..formats import BLOCK
 
@@ -24,8 +23,8 @@ def fake(function):
             f"{name} is for inference only: call it under torch.no_grad() or torch.inference_mode()"
         )
 
-    register_fake(name, function)
-    register_autograd(name, refuse, setup_context=refuse)
+    library.register_fake(name, function)
+    library.register_autograd(name, refuse, setup_context=refuse)
     return function
 
 
