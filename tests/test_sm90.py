@@ -38,7 +38,11 @@ def tile(rows, E, N, K) -> str:
     return ops.gemm_plan(rows * E, N, K, E, "bf16").split()[1]
 
 
-@pytest.fixture(params=CASES, ids=str)
+def named(case) -> str:
+    return "x".join(map(str, case))
+
+
+@pytest.fixture(params=CASES, ids=named)
 def case(request):
     """(rows an expert, E, N, K); a failure's captured output names the tile."""
     print("tile", tile(*request.param), "for rows, E, N, K =", request.param)

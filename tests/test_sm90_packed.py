@@ -10,6 +10,7 @@ from test_sm90 import (
     DEVICE,
     ROWS,
     faults_show_in_their_own_test,
+    named,
     offsets_of,
     pytestmark,
     ragged,
@@ -50,7 +51,7 @@ def test_the_cases_reach_every_tile_of_the_table():
     assert {tile(*c) for c in CASES} == table
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=named)
 class TestEveryTile:
     @pytest.mark.parametrize("alphas", [1, 2])
     @pytest.mark.parametrize("kind", ["bf16", "codes"])

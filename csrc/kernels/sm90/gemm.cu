@@ -37,7 +37,7 @@ constexpr Choice kTable[] = {
     choice<Tile8s>("128x8", 5, 132, launch_8s),  // few experts: half the rows, twice the CTAs with work
     choice<Tile8>("256x8", 5, kAny, launch_8),          choice<Tile16>("256x16", 11, kAny, launch_16),
     choice<Tile24>("256x24", 18, kAny, launch_24),      choice<Tile32>("256x32", 26, kAny, launch_32),
-    choice<Tile48>("256x48", 39, kAny, launch_48),      choice<Tile64>("256x64", 52, kAny, launch_64),
+    choice<Tile48>("256x48", 41, kAny, launch_48),      choice<Tile64>("256x64", 56, kAny, launch_64),
     choice<Tile128>("256x128", 130, kAny, launch_128),  choice<Tile256>("128x256", 184, kAny, launch_256),
     choice<Tile128>("256x128", kAny, kAny, launch_128),
 };

@@ -157,12 +157,11 @@ struct Kernel {
     int n = 0;
     for (; part(n, own); ++n) {
       const Item it = item(own.index);
-      const int rows[] = {half_row(it, 0), half_row(it, 1)};
+      const typename Weights::Source from(problem, map, it.expert, {half_row(it, 0), half_row(it, 1)});
       for (int step = own.begin; step < own.end; step += kStageSteps) {
         barrier_sleep(&shared.weights_free[stage], parity);
         if (step == own.begin) shared.work[n % (T::kWeightStages + 1)] = {it, own};
-        Weights::bring(shared.weights[stage], problem, map, it.expert, rows, step,
-                       &shared.weights_full[stage]);
+        from.bring(shared.weights[stage], step, &shared.weights_full[stage]);
         if (++stage == T::kWeightStages) stage = 0, parity ^= 1;
       }
     }

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   using Kernel = Kernel<T, Weights>;
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
   const Kernel kernel{shared, problem, problem.p};
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kWeightStages; ++i) {
       barrier_init(&shared.weights_full[i], 1);
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     return;
   }
   cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
-  if (warp == T::kConsumers / 32 && lane == 0) kernel.load_weights(&weights);
-  if (warp == T::kConsumers / 32 + 1 && lane == 0) {
+  if (warp == T::kConsumers / 32 && elected()) kernel.load_weights(&weights);
+  if (warp == T::kConsumers / 32 + 1 && elected()) {
     follow();
     kernel.load_tokens(&tokens);
   }

@@ -17,6 +17,13 @@ __device__ __forceinline__ uint32_t thread_again() {
   return thread;
 }
 
+// One lane of a warp; the compiler knows that it is one, and copies take a few instructions then.
+__device__ __forceinline__ bool elected() {
+  uint32_t elected;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
+  return elected;
+}
+
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }

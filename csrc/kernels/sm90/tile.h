@@ -50,10 +50,10 @@ struct Tile {
 using Tile8s = Tile<2, 1, 8, 8, 4, 1, 8, 4>;
 using Tile8 = Tile<4, 1, 8, 8, 4, 2, 4, 4>;
 using Tile16 = Tile<4, 1, 16, 16, 4, 2, 4, 4>;
-using Tile24 = Tile<2, 2, 24, 24, 2, 1, 4, 4>;
-using Tile32 = Tile<2, 2, 32, 32, 4, 1, 3, 4>;
-using Tile48 = Tile<2, 2, 48, 48, 2, 1, 3, 4>;
-using Tile64 = Tile<2, 2, 64, 64, 2, 1, 3, 4>;
+using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4>;
+using Tile32 = Tile<4, 1, 32, 32, 4, 1, 3, 4>;
+using Tile48 = Tile<4, 1, 48, 48, 4, 1, 3, 3>;
+using Tile64 = Tile<4, 1, 64, 64, 2, 1, 3, 4>;
 using Tile128 = Tile<2, 2, 64, 128, 1, 1, 2, 7, 2>;
 using Tile256 = Tile<2, 1, 128, 256, 1, 1, 2, 5>;
 

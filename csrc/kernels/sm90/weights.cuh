@@ -34,28 +34,40 @@ struct PlainWeights {
     uint8_t scales[2][kStrips][kStripBytes];
   };
 
-  // rows: the first of the tile's halves.
-  __device__ __forceinline__ static void bring(Stage& stage, const Problem& problem, const CUtensorMap* map,
-                                               int expert, const int (&rows)[2], int step, uint64_t* full) {
-    const GemmParams& p = problem.p;
-    const uint32_t strip = min(kStageSteps, problem.steps - step) * kSfColumnBytes;
-    uint32_t strips = 0;
+  // An item's, for the thread that brings them: what is the same for all its stages is worked out once.
+  struct Source {
+    const CUtensorMap* map;
+    const uint8_t* scales[2];  // of the halves' first strips
+    int64_t strip_bytes;
+    int code_rows[2], strips[2], steps;
+
+    // rows: the first of the tile's halves.
+    __device__ __forceinline__ Source(const Problem& problem, const CUtensorMap* map, int expert,
+                                      const int (&rows)[2])
+        : map(map), strip_bytes(problem.sf_strip), steps(problem.steps) {
+      const int N = static_cast<int>(problem.p.N);
 #pragma unroll
-    for (const int row : rows) {
-      const int last = min(row + T::kHalf, static_cast<int>(p.N)) - 1;
-      strips += row <= last ? last / 128 - row / 128 + 1 : 0;
+      for (int half = 0; half < 2; ++half) {
+        const int row = rows[half], last = min(row + T::kHalf, N) - 1;
+        code_rows[half] = expert * N + row;
+        strips[half] = row <= last ? last / 128 - row / 128 + 1 : 0;
+        scales[half] = problem.p.b_sf + expert * problem.sf_expert + row / 128 * problem.sf_strip;
+      }
     }
-    barrier_expect(full, T::kRows * kCodeBytes + strips * strip);
+
+    __device__ __forceinline__ void bring(Stage& stage, int step, uint64_t* full) const {
+      const uint32_t strip = min(kStageSteps, steps - step) * kSfColumnBytes;
+      barrier_expect(full, T::kRows * kCodeBytes + (strips[0] + strips[1]) * strip);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = rows[half], last = min(row + T::kHalf, static_cast<int>(p.N)) - 1;
-      copy_box(stage.codes + half * T::kHalf * kCodeBytes, map, step * 32,
-               expert * static_cast<int>(p.N) + row, full);
-      const uint8_t* sf = p.b_sf + expert * problem.sf_expert + step * int64_t{kSfColumnBytes};
-      for (int a = row / 128; row <= last && a <= last / 128; ++a)
-        copy_bytes(stage.scales[half][a - row / 128], sf + a * problem.sf_strip, strip, full);
+      for (int half = 0; half < 2; ++half) {
+        copy_box(stage.codes + half * T::kHalf * kCodeBytes, map, step * 32, code_rows[half], full);
+        const uint8_t* from = scales[half] + step * kSfColumnBytes;
+#pragma unroll
+        for (int i = 0; i < kStrips; ++i, from += strip_bytes)
+          if (i < strips[half]) copy_bytes(stage.scales[half][i], from, strip, full);
+      }
     }
-  }
+  };
 
   // What a thread reads of a stage, as byte offsets.
   struct Places {
@@ -123,32 +135,45 @@ struct PackedWeights {
     uint8_t blocks[2][kStrips][kBlocks][kPackedBytes];
   };
 
-  // Where K ends half-way through a stage its last block comes twice: tokens past K are zero.
-  __device__ __forceinline__ static void bring(Stage& stage, const Problem& problem, const CUtensorMap*,
-                                               int expert, const int (&rows)[2], int step, uint64_t* full) {
-    const int64_t strips = problem.p.N / kPackedRows, columns = packed_columns(problem.p.K),
-                  column = step / kPackedSteps;
-    const uint8_t* b = problem.p.b + (expert * strips * columns + column) * kPackedBytes;
-    uint32_t count = 0;
+  struct Source {              // as PlainWeights'
+    const uint8_t* blocks[2];  // of the halves' first strips
+    int64_t strip_bytes;
+    int strips[2], columns;
+    uint32_t whole;  // bytes of a stage
+
+    __device__ __forceinline__ Source(const Problem& problem, const CUtensorMap*, int expert,
+                                      const int (&rows)[2])
+        : columns(static_cast<int>(packed_columns(problem.p.K))), whole(0) {
+      const int all = static_cast<int>(problem.p.N / kPackedRows);
+      strip_bytes = int64_t{columns} * kPackedBytes;
 #pragma unroll
-    for (const int row : rows) count += min(max(static_cast<int>(strips - row / kPackedRows), 0), kStrips);
-    barrier_expect(full, count * kStripBytes);
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < kStrips; ++i) {
-        const int64_t strip = rows[half] / kPackedRows + i;
-        if (strip >= strips) continue;
-        const uint8_t* from = b + strip * columns * kPackedBytes;
-        auto& to = stage.blocks[half][i];
-        if (columns - column >= kBlocks) {
-          copy_bytes(to, from, kStripBytes, full);
-        } else {
-          copy_bytes(to[0], from, kPackedBytes, full);
-          copy_bytes(to[1], from, kPackedBytes, full);
-        }
+      for (int half = 0; half < 2; ++half) {
+        const int first = rows[half] / kPackedRows;
+        strips[half] = min(max(all - first, 0), kStrips);
+        whole += strips[half] * kStripBytes;
+        blocks[half] = problem.p.b + (int64_t{expert} * all + first) * strip_bytes;
       }
-  }
+    }
+
+    // Where K ends half-way through a stage its last block comes twice: tokens past K are zero.
+    __device__ __forceinline__ void bring(Stage& stage, int step, uint64_t* full) const {
+      const int column = step / kPackedSteps;
+      barrier_expect(full, whole);
+      if (columns - column >= kBlocks) return copy(stage, 0, column, kStripBytes, full);
+      for (int block = 0; block < kBlocks; ++block) copy(stage, block, column, kPackedBytes, full);
+    }
+
+    __device__ __forceinline__ void copy(Stage& stage, int block, int column, uint32_t bytes,
+                                         uint64_t* full) const {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* from = blocks[half] + column * kPackedBytes;
+#pragma unroll
+        for (int i = 0; i < kStrips; ++i, from += strip_bytes)
+          if (i < strips[half]) copy_bytes(stage.blocks[half][i][block], from, bytes, full);
+      }
+    }
+  };
 
   struct Places {
     uint32_t codes, scales;
