@@ -5,6 +5,7 @@ import re
 
 from cases import Model
 
+DECODE = 64  # tokens up to which the summary counts a point as decode
 PEER_COLUMNS = {"humming grouped": 15, "humming indexed": 15, "Marlin": 9, "BF16": 9}
 
 
@@ -85,23 +86,23 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
-def show_summary(rows: list[dict], decode: int) -> None:
+def show_summary(rows: list[dict]) -> None:
     """Ours beside the best NVFP4 peer and beside BF16, and W4A4 beside W4A16."""
     both = [r for r in rows if "ours bf16" in r["times"]]
     ahead = {
         (r["model"], r["T"]): best_peer(r) / r["times"]["ours bf16"]["us"] for r in both if nvfp4_peers(r)
     }
     if ahead:
-        at_decode = [v for (_, T), v in ahead.items() if decode >= T]
-        print(f"\nbest peer / ours, geometric mean: T <= {decode} {geometric_mean(at_decode):.2f}, ", end="")
+        at_decode = [v for (_, T), v in ahead.items() if DECODE >= T]
+        print(f"\nbest peer / ours, geometric mean: T <= {DECODE} {geometric_mean(at_decode):.2f}, ", end="")
         print(f"all {geometric_mean(list(ahead.values())):.2f}")
         behind = [f"{model} T={T} ({v:.2f}x)" for (model, T), v in ahead.items() if v < 1]
         print(f"behind the best peer: {', '.join(behind) or 'nowhere'}")
     public = [(r["T"], r["times"]["ours bf16 public"]["us"] / r["times"]["ours bf16"]["us"])
               for r in both if "ours bf16 public" in r["times"]]  # fmt: skip
     if public:
-        at_decode = geometric_mean([v for T, v in public if decode >= T])
-        print(f"public layout / ours, geometric mean: T <= {decode} {at_decode:.3f}, ", end="")
+        at_decode = geometric_mean([v for T, v in public if DECODE >= T])
+        print(f"public layout / ours, geometric mean: T <= {DECODE} {at_decode:.3f}, ", end="")
         print(f"all {geometric_mean([v for _, v in public]):.3f}")
     pairs = [r["times"] for r in both if "ours nvfp4" in r["times"]]
     if pairs:

@@ -1,4 +1,5 @@
-"""python bench/plot_moe.py RESULT.json [IMAGE.png]: bench/moe.py's times over the floor, a panel a model."""
+"""python bench/plot_moe.py RESULT.json [IMAGE.png]: bench/moe.py's times over the floor, a panel a model, and
+its summary."""
 
 import argparse
 import json
@@ -8,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from moe_table import show_summary
 
 STYLES = {  # in the order of the legend
     "ours bf16": {
@@ -77,6 +79,7 @@ def main() -> None:
     )
     figure.tight_layout(rect=(0, 0, 1, 0.91))
     figure.savefig(args.image or args.result.with_suffix(".png"), dpi=110)
+    show_summary(report["rows"])
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_the_table_shows_who_is_ahead_and_who_is_missing(capsys):
     }  # fmt: skip
     moe_table.show_model(DSV4, [row], {"launch us": 4.0, "read TB/s": 4.55, "BF16 8192^3 TFLOP/s": 790.0})
     moe_table.show_breakdown([row])
-    moe_table.show_summary([row], decode=64)
+    moe_table.show_summary([row])
     text = capsys.readouterr().out
     assert " 1.75x" in text and "n/a humming: No module named 'humming'" in text
     assert "88% read" in text and "56.0 = 56.0 decode<8>" in text

@@ -10,6 +10,7 @@ import torch
 from cases import Weights, epilogue_steps, lively, poison, random_packed, random_sf
 from compare import assert_gemm, assert_same_bits
 from conftest import missing_hopper
+from sanitized import TILES as SANITIZED
 
 from nvfp4_moe import formats, ops, reference
 
@@ -109,6 +110,7 @@ def test_the_cases_reach_every_tile_of_the_table():
         for N in (128, 1024, 4096, 16384)
     }
     assert {tile(*c) for c in CASES} == table
+    assert {tile(*c) for c in SANITIZED} == table
 
 
 def test_every_tile_is_a_kernel_of_this_chip_and_runs():
