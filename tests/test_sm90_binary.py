@@ -77,16 +77,17 @@ def test_no_kernel_stores_to_local_memory():
 def test_every_tile_multiplies_on_the_tensor_cores_and_loads_by_the_copy_engine():
     sass = instructions()
     for name in tiles(sass):
-        counts = {what: len(re.findall(rf"\b{what}", sass[name])) for what in ("HGMMA", "UTMALDG", "UBLKCP")}
+        counts = {what: len(re.findall(rf"\b{what}", sass[name])) for what in ("HG?MMA", "UTMALDG", "UBLKCP")}
         assert all(counts.values()), f"{name}: {counts}"
 
 
 def test_weights_come_from_registers_and_no_product_is_rounded_by_fewer_bits():
-    """HGMMA's first operand in a register, float32 accumulators, BF16 in."""
+    """Float32 accumulators, BF16 in; HGMMA's first operand in a register, as both of HMMA's are."""
     sass = instructions()
+    right = r"HGMMA\.64x\d+x16\.F32\.BF16 R\d+, R\d+,|HMMA\.16816\.F32\.BF16 "
     for name in tiles(sass):
-        products = re.findall(r"HGMMA\S*\s[^;]*", sass[name])
-        other = [p for p in products if not re.match(r"HGMMA\.64x\d+x16\.F32\.BF16 R\d+, R\d+,", p)]
+        products = re.findall(r"HG?MMA\S*\s[^;]*", sass[name])
+        other = [p for p in products if not re.match(right, p)]
         assert not other, f"{name}: {other[:3]}"
 
 

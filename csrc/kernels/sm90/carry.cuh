@@ -4,6 +4,9 @@
 
 namespace nvfp4::sm90 {
 
+constexpr int kLeft =
+    5;  // the barrier of all consumers and the warp that announces; 1 + group: a warpgroup's
+
 template <class T>
 struct Carried {
   const Problem& problem;
@@ -26,9 +29,15 @@ struct Carried {
       for (int i = 0; i < cute::size(acc[u]); ++i, to += T::kConsumers) *to = __float_as_uint(acc[u](i));
       *to = worst[u], to += T::kConsumers;
     }
-    __threadfence();
-    sync_threads(1 + group, 128);
-    if (threadIdx.x % 128 == 0) flag_raise(flag(blockIdx.x), problem.launch);
+    arrive_threads(kLeft, T::kConsumers + 32);
+  }
+
+  // By a warp that has nothing else to do: until what was left can be seen takes one to three us.
+  __device__ __forceinline__ static void announce(const Problem& problem) {
+    sync_threads(kLeft, T::kConsumers + 32);
+    const int group = static_cast<int>(threadIdx.x % 32);
+    if (group < T::kWarpgroups)
+      flag_raise(problem.flags + blockIdx.x * T::kWarpgroups + group, problem.launch);
   }
 
   // Lowers the flag again: a graph's next replay raises the same one.

@@ -11,11 +11,42 @@ struct Factors {  // of one weight row
 
 // (acc * alpha) * a_scale + bias; `plain`: there is neither a scale nor a bias.
 template <bool plain>
-__device__ __forceinline__ float finish(float sum, Factors f, float a_scale, const GemmParams& p) {
+__device__ __forceinline__ float scaled(float sum, Factors f, float a_scale, const GemmParams& p) {
   float y = sum * f.alpha;
   if (plain) return y;
   if (p.a_scale) y = y * a_scale;
   return p.bias ? y + f.bias : y;
+}
+
+// Sums are in units of 1 / kDecodedUnit: alpha makes up for it or, where it would overflow, they do. And a
+// NaN among a row's scales, whose greatest four neighbouring lanes have seen, becomes its alpha.
+template <int kUnits, class Accumulator>
+__device__ __forceinline__ void settle(Factors (&factors)[2][kUnits], Accumulator (&acc)[kUnits],
+                                       const uint32_t (&worst)[kUnits]) {
+  bool overflows = false, nan = false;
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    overflows |= fmaxf(fabsf(factors[0][u].alpha), fabsf(factors[1][u].alpha)) > 0x1p120f;
+    nan |= __vcmpeq2(worst[u], kE4m3NaN * 0x10001u) != 0;
+  }
+  const bool unit_in_sums = __any_sync(~0u, overflows);
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    if (unit_in_sums) {
+#pragma unroll
+      for (int i = 0; i < cute::size(acc[u]); ++i) acc[u](i) *= kDecodedUnit;
+    } else {
+      factors[0][u].alpha *= kDecodedUnit, factors[1][u].alpha *= kDecodedUnit;
+    }
+  }
+  if (!__any_sync(~0u, nan)) return;
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    uint32_t bytes = __vmaxu2(worst[u], __shfl_xor_sync(~0u, worst[u], 1));
+    bytes = __vmaxu2(bytes, __shfl_xor_sync(~0u, bytes, 2));
+    if ((bytes & 0xffff) == kE4m3NaN) factors[0][u].alpha = float_of(0x7fc00000u);
+    if (bytes >> 16 == kE4m3NaN) factors[1][u].alpha = float_of(0x7fc00000u);
+  }
 }
 
 template <Act act>
@@ -30,7 +61,8 @@ __device__ __forceinline__ uint4 activated(const uint4& gate, const uint4& up, c
   return {activated<act>(gate.x, up.x, p), activated<act>(gate.y, up.y, p), activated<act>(gate.z, up.z, p),
           activated<act>(gate.w, up.w, p)};
 }
-__device__ __forceinline__ uint4 activated(const uint4& gate, const uint4& up, const GemmParams& p) {
+template <class Pairs>
+__device__ __forceinline__ Pairs activated(const Pairs& gate, const Pairs& up, const GemmParams& p) {
   if (p.act == Act::silu) return activated<Act::silu>(gate, up, p);
   if (p.act == Act::swiglu_limit) return activated<Act::swiglu_limit>(gate, up, p);
   return activated<Act::swiglu_oai>(gate, up, p);
@@ -80,30 +112,10 @@ struct Epilogue {
       }
   }
 
-  // Sums are in units of 1 / kDecodedUnit: alpha makes up for it or, where it would overflow, they do.
-  template <class Accumulators>
-  __device__ __forceinline__ void take_unit(Accumulators& acc) {
-    bool overflows = false;
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u)
-      overflows |= fmaxf(fabsf(factors[0][u].alpha), fabsf(factors[1][u].alpha)) > 0x1p120f;
-    if (__any_sync(~0u, overflows)) {
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u)
-#pragma unroll
-        for (int i = 0; i < cute::size(acc[u]); ++i) acc[u](i) *= kDecodedUnit;
-    } else {
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u)
-        factors[0][u].alpha *= kDecodedUnit, factors[1][u].alpha *= kDecodedUnit;
-    }
-  }
-
   template <int N, class Accumulators>
   __device__ __forceinline__ void run(Accumulators& acc, const uint32_t (&worst)[kUnits]) {
     take_factors();
-    take_unit(acc);
-    poison(worst);
+    settle(factors, acc, worst);
     const bool plain = !p.a_scale && !p.bias;
 #pragma unroll 1
     for (int first = 0; first < item.count; first += T::kSlice) {
@@ -124,16 +136,6 @@ struct Epilogue {
         store<true, true>(first);
       else
         store<true, false>(first);
-    }
-  }
-
-  __device__ __forceinline__ void poison(const uint32_t (&worst)[kUnits]) {
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      uint32_t bytes = __vmaxu2(worst[u], __shfl_xor_sync(~0u, worst[u], 1));
-      bytes = __vmaxu2(bytes, __shfl_xor_sync(~0u, bytes, 2));
-      if ((bytes & 0xffff) == kE4m3NaN) factors[0][u].alpha = float_of(0x7fc00000u);
-      if (bytes >> 16 == kE4m3NaN) factors[1][u].alpha = float_of(0x7fc00000u);
     }
   }
 
@@ -163,8 +165,8 @@ struct Epilogue {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int at = (first + t) / 2 + 2 * half;
-          pairs[half] = to_bf16x2(finish<plain>(acc[u](at), factors[half][u], even, p),
-                                  finish<plain>(acc[u](at + 1), factors[half][u], odd, p));
+          pairs[half] = to_bf16x2(scaled<plain>(acc[u](at), factors[half][u], even, p),
+                                  scaled<plain>(acc[u](at + 1), factors[half][u], odd, p));
         }
         store_transposed(to + u * T::kPlaneBytes + t * T::kOutBytes, pairs);
       }

@@ -137,7 +137,9 @@ void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
                         (p.N + 127) / 128 * sf_strip,
                         reinterpret_cast<uint32_t*>(carried),
                         reinterpret_cast<uint64_t*>(carried + bytes.carried),
-                        next_launch()};
+                        next_launch(),
+                        cutlass::FastDivmod(cuda::sm_count() / team),
+                        cutlass::FastDivmod((steps + kStageSteps - 1) / kStageSteps)};
 #ifdef NVFP4_SANITIZE  // a flag is read while it may be anything: initcheck would say so
   CUDA_CHECK(cudaMemsetAsync(problem.flags, 0, static_cast<size_t>(bytes.flags), stream));
 #endif

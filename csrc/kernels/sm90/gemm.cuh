@@ -96,45 +96,57 @@ struct Kernel {
     }
     const int2 first = shared.first[low], next = shared.first[low + 1];
     const int local = index - first.x * problem.row_tiles, tiles = next.x - first.x;
-    const int rows = next.y - first.y, even = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+    const int rows = next.y - first.y;
+    if (tiles == 1) return {low, local * team() + rank(), first.y, rows};  // mostly so: no divisions
+    const int even = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
     const int each = even > T::kTokens - T::kStep ? T::kTokens : even;  // even shares where all are narrower
     const int begin = local % tiles * each;
     return {low, local / tiles * team() + rank(), first.y + begin, min(each, rows - begin)};
   }
 
-  // The n-th part this CTA computes, or its team. Items that do not fill the last wave are shared out in
-  // steps of K: what is left after the whole waves but one is cut into equal runs of stages, so a CTA's run
-  // may end inside an item (a head) and the next CTA's begins there (its rest). A CTA computes its head first
-  // and leaves the accumulators in memory, and takes over its neighbour's last of all, when that one is long
+  // What this CTA computes, or its team. Items that do not fill the last wave are shared out in steps of K:
+  // what is left after the whole waves but one is cut into equal runs of stages, so a CTA's run may end
+  // inside an item (a head) and the next CTA's begins there (its rest). A CTA computes its head first and
+  // leaves the accumulators in memory, and takes over its neighbour's last of all, when that one is long
   // there, or soon (CTAs come up in ascending order): no K chain is broken.
-  __device__ __forceinline__ bool part(int n, Part& part) const {
-    const int items = shared.first[p.E].x * problem.row_tiles;
-    const int ctas = gridDim.x / team(), cta = blockIdx.x / team();
-    const int steps = problem.steps, stages = (steps + kStageSteps - 1) / kStageSteps;
-    int waves = items / ctas, begin = 0, end = 0, rest = 0, head = 0;  // items [begin, end) are whole
-    if (waves > 0 && items % ctas > 0) {
-      const int first = --waves * ctas, run = (items - first) * stages;
-      rest = cta * run / ctas, head = (cta + 1) * run / ctas;
-      begin = first + rest / stages, end = first + head / stages;
-      rest %= stages, head %= stages;
-    } else if (waves == 0 && cta < items) {
-      begin = cta, end = cta + 1;
+  struct Share {
+    int first, stride, waves;  // items first, first + stride, .. are whole, and those
+    int begin, end;            // of [begin, end) but for
+    int rest, head;            // the stages before `rest` of `begin`; and `head` stages of `end`
+  };
+  __device__ __forceinline__ Share share() const {
+    const int items = shared.first[p.E].x * problem.row_tiles, teams = problem.by_teams.divisor;
+    const int me = blockIdx.x / team(), stages = problem.by_stages.divisor;
+    Share s{me, teams};
+    int left;
+    problem.by_teams(s.waves, left, items);
+    if (s.waves > 0 && left > 0) {
+      const int first = --s.waves * teams, run = (teams + left) * stages;
+      problem.by_stages(s.begin, s.rest, problem.by_teams.div(me * run));
+      problem.by_stages(s.end, s.head, problem.by_teams.div((me + 1) * run));
+      s.begin += first, s.end += first;
+    } else if (s.waves == 0 && me < items) {
+      s.begin = me, s.end = me + 1;
     }
-    if (head > 0 && n-- == 0) {
-      part = {end, 0, head * kStageSteps};
+    return s;
+  }
+
+  __device__ __forceinline__ bool part(const Share& s, int n, Part& part) const {  // the n-th
+    if (s.head > 0 && n-- == 0) {
+      part = {s.end, 0, s.head * kStageSteps};
       return true;
     }
-    if (n < waves) {
-      part = {cta + n * ctas, 0, steps};
+    if (n < s.waves) {
+      part = {s.first + n * s.stride, 0, problem.steps};
       return true;
     }
-    n += begin + (rest > 0) - waves;
-    if (n < end) {
-      part = {n, 0, steps};
+    n += s.begin + (s.rest > 0) - s.waves;
+    if (n < s.end) {
+      part = {n, 0, problem.steps};
       return true;
     }
-    part = {begin, rest * kStageSteps, steps};
-    return rest > 0 && n == end;
+    part = {s.begin, s.rest * kStageSteps, problem.steps};
+    return s.rest > 0 && n == s.end;
   }
 
   // First weight row, within the expert, of the tile's low (0) or high (1) half.
@@ -153,9 +165,10 @@ struct Kernel {
   __device__ __forceinline__ void load_weights(const CUtensorMap* map) const {
     int stage = 0;
     uint32_t parity = 1;
+    const Share all = share();
     Part own;
     int n = 0;
-    for (; part(n, own); ++n) {
+    for (; part(all, n, own); ++n) {
       const Item it = item(own.index);
       const typename Weights::Source from(problem, map, it.expert, {half_row(it, 0), half_row(it, 1)});
       for (int step = own.begin; step < own.end; step += kStageSteps) {
@@ -172,28 +185,34 @@ struct Kernel {
 
   // Rows past the tile's own come along: their columns of the product are not stored.
   __device__ __forceinline__ void load_tokens(const CUtensorMap* map) const {
+    uint64_t* const full = T::kNarrow ? shared.weights_full : shared.tokens_full;
+    uint64_t* const free = T::kNarrow ? shared.weights_free : shared.tokens_free;
     int stage = 0;
     uint32_t parity = 1;
+    const Share all = share();
     Part own;
-    for (int n = 0; part(n, own); ++n) {
+    for (int n = 0; part(all, n, own); ++n) {
       const Item it = item(own.index);
       const int end = (own.end + T::kRound - 1) / T::kRound * T::kRound;
       for (int step = own.begin; step < end; step += T::kSlabs) {
-        barrier_sleep(&shared.tokens_free[stage], parity);
-        barrier_expect(&shared.tokens_full[stage], T::kSlabs * T::kSlabBytes);
+        barrier_sleep(&free[stage], parity);
+        barrier_expect(&full[stage], T::kSlabs * T::kSlabBytes);
 #pragma unroll
         for (int slab = 0; slab < T::kSlabs; ++slab)
-          copy_tokens(stage, slab, map, (step + slab) * 64, it.first_row);
+          copy_tokens(stage, slab, map, (step + slab) * 64, it.first_row, &full[stage]);
         if (++stage == T::kTokenStages) stage = 0, parity ^= 1;
       }
+    }
+    if constexpr (T::kNarrow) {  // that was all
+      barrier_sleep(&free[stage], parity);
+      barrier_arrive(&full[stage]);
     }
   }
 
   // A CTA of a team brings its share of the tokens, to all.
-  __device__ __forceinline__ void copy_tokens(int stage, int slab, const CUtensorMap* map, int k,
-                                              int row) const {
+  __device__ __forceinline__ void copy_tokens(int stage, int slab, const CUtensorMap* map, int k, int row,
+                                              uint64_t* full) const {
     uint8_t* to = shared.tokens[stage] + slab * T::kSlabBytes;
-    uint64_t* full = &shared.tokens_full[stage];
     if (team() == 1) return copy_box(to, map, k, row, full);
     copy_box_to_both(to + rank() * (T::kSlabBytes / 2), map, k, row + rank() * (T::kTokens / 2), full);
   }
@@ -232,6 +251,12 @@ struct Kernel {
     if (T::kTeam == 1 && lane == 0) barrier_arrive(&shared.tokens_free[held]);
     if (T::kTeam > 1 && lane < team()) barrier_arrive_at(&shared.tokens_free[held], lane);
     held = -1;
+  }
+
+  __device__ __forceinline__ void release_weights(Pipe& pipe) const {
+    __syncwarp();  // the arrival speaks for loads of all lanes
+    if (threadIdx.x % 32 < kArrivals) barrier_arrive(&shared.weights_free[pipe.weights]);
+    if (++pipe.weights == T::kWeightStages) pipe.weights = 0, pipe.weights_parity ^= 1;
   }
 
   // A warpgroup decodes kGroup steps of K, then gives its tensor core all their products at once, and decodes
@@ -287,9 +312,7 @@ struct Kernel {
         }
         if (s % T::kSlabs == T::kSlabs - kGroup) held = next_tokens(pipe);
       }
-      __syncwarp();  // the arrival speaks for loads of all lanes
-      if (threadIdx.x % 32 < kArrivals) barrier_arrive(&shared.weights_free[pipe.weights]);
-      if (++pipe.weights == T::kWeightStages) pipe.weights = 0, pipe.weights_parity ^= 1;
+      release_weights(pipe);
     }
     warpgroup_wait<0>();
 #pragma unroll

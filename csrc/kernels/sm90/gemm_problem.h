@@ -1,5 +1,7 @@
 // A grouped product as its kernel reads it.
 #pragma once
+#include <cutlass/fast_math.h>
+
 #include <cstdint>
 
 #include "../params.h"
@@ -19,6 +21,7 @@ struct Problem {
   uint32_t* carried;  // [CTAs][Tile::kCarried][consumers]: accumulators of items that two CTAs share
   uint64_t* flags;    // [CTAs][warpgroups]: `launch` where they are there, else anything
   uint64_t launch;    // a number no other launch has
+  cutlass::FastDivmod by_teams, by_stages;  // of the grid; of K
 };
 
 }  // namespace nvfp4::sm90

@@ -2,6 +2,7 @@
 #pragma once
 #include "carry.cuh"
 #include "epilogue.cuh"
+#include "narrow.cuh"
 
 namespace nvfp4::sm90 {
 
@@ -62,9 +63,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(raw);
   const Kernel kernel{shared, problem, problem.p};
   const int warp = threadIdx.x / 32;
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == T::kThreads - 32) {  // beside the others' plan()
     for (int i = 0; i < T::kWeightStages; ++i) {
-      barrier_init(&shared.weights_full[i], 1);
+      barrier_init(&shared.weights_full[i], T::kNarrow ? 2 : 1);  // producers
       barrier_init(&shared.weights_free[i], T::kConsumers / 32 * kArrivals);
     }
     for (int i = 0; i < T::kTokenStages; ++i) {
@@ -83,7 +84,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     follow();
     if (!problem.p.leave_tail) zero_tail(kernel);
-    kernel.consume();
+    if constexpr (T::kNarrow)
+      Narrow<Kernel>(kernel).consume();
+    else
+      kernel.consume();
     if constexpr (T::kTeam > 1) cluster_sync();  // no CTA ends before all have arrived at its barriers
     return;
   }
@@ -93,6 +97,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     follow();
     kernel.load_tokens(&tokens);
   }
+  if (warp == T::kConsumers / 32 + 2 && kernel.share().head > 0) Carried<T>::announce(problem);
 }
 
 }  // namespace nvfp4::sm90

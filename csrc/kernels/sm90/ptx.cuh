@@ -107,6 +107,28 @@ __device__ __forceinline__ uint32_t load_half(uint32_t address) {
   return word;
 }
 
+// Four matrices of 8 x 8 16-bit numbers: lane i says where row i % 8 of matrix i / 8 is.
+__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t* to) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address));
+}
+// One in registers, a pair a lane.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t turned;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+  return turned;
+}
+
+// 16 rows of weights x 8 tokens, over K 16.
+template <class Sums>
+__device__ __forceinline__ void multiply_16(Sums& sums, const uint32_t* a, const uint32_t* b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums(0)), "+f"(sums(1)), "+f"(sums(2)), "+f"(sums(3))
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Four bytes, by the thread itself; zero where `there` is false.
 __device__ __forceinline__ void copy_word(void* to, const void* from, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -176,6 +198,10 @@ __device__ __forceinline__ void cluster_sync() {
 
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// For those who wait there; the thread itself goes on.
+__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 }  // namespace nvfp4::sm90

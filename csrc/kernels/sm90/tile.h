@@ -21,9 +21,10 @@ struct Tile {
   static constexpr int kWarpgroups = kWarpgroups_, kUnits = kUnits_;  // 64-row tiles a warpgroup
   // At most; the MMA's N is the least of kLeast, + kStep, .. that does.
   static constexpr int kTokens = kTokens_, kLeast = kLeast_, kStep = kLeast < kTokens ? kTokens / 4 : kTokens;
-  static constexpr int kSlabs = kSlabs_;  // steps of K in a stage of tokens
-  static constexpr int kGroup = kGroup_;  // steps decoded and multiplied at once
-  static constexpr int kBuffers = 2;      // of decoded operands
+  static constexpr int kSlabs = kSlabs_;            // steps of K in a stage of tokens
+  static constexpr int kGroup = kGroup_;            // steps decoded and multiplied at once
+  static constexpr bool kNarrow = kTokens == 8;     // narrow.cuh multiplies; a ring holds both
+  static constexpr int kBuffers = kNarrow ? 1 : 2;  // of decoded operands
   static constexpr int kWeightStages = kWeightStages_, kTokenStages = kTokenStages_;
   static constexpr int kTeam = kTeam_;
   static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128;
@@ -40,6 +41,7 @@ struct Tile {
   // what follows a unit's slice does.
   static constexpr int kOutBytes = 64 + 16, kPlaneBytes = kSlice * kOutBytes + 64;
   static_assert(kWarpgroups * kUnits % 2 == 0, "row mapping works on pairs of 64-row tiles");
+  static_assert(!kNarrow || kTokenStages == kWeightStages);
   static_assert(kTeam <= 2 && (kTokens - kLeast) % kStep == 0);
   static_assert(kStageSteps % kSlabs == 0 && kSlabs % kGroup == 0);
   static constexpr int kRound = kGroup * kBuffers > kUnits ? kGroup * kBuffers / kUnits : kGroup;
@@ -47,8 +49,8 @@ struct Tile {
 };
 
 //                 wgs units tokens slabs group stages of weights, tokens, team
-using Tile8s = Tile<2, 1, 8, 8, 4, 1, 8, 4>;
-using Tile8 = Tile<4, 1, 8, 8, 4, 2, 4, 4>;
+using Tile8s = Tile<2, 1, 8, 8, 4, 4, 8, 8>;
+using Tile8 = Tile<4, 1, 8, 8, 4, 4, 4, 4>;
 using Tile16 = Tile<4, 1, 16, 16, 4, 2, 4, 4>;
 using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4>;
 using Tile32 = Tile<4, 1, 32, 32, 4, 1, 3, 4>;
