@@ -28,10 +28,15 @@ def main() -> None:
             operands = (a, None, None, w.b, w.b_sf, w.alpha, offsets)
             ops.grouped_gemm(*(t if t is None else t.cuda() for t in operands))
     for rows, E, N, K in TILES:
-        w, a = random_weights(E, N, K, 2), lively(rows * E, K, dtype=torch.bfloat16)
+        w, a = random_weights(E, N, K, 2), lively(rows * E, K, dtype=torch.bfloat16).cuda()
+        layouts = [(w.b.cuda(), w.b_sf.cuda())]
+        if N % 64 == 0 and torch.cuda.get_device_capability() == (9, 0):
+            layouts.append((ops.pack_sm90(*layouts[0]), layouts[0][1][:0].flatten()))
         for offsets in (ragged_offsets(rows * E, E), torch.randint(-9, 99, (E + 1,), dtype=torch.int32)):
-            operands = (a, None, None, w.b, w.b_sf, w.alpha, offsets, torch.randn(E, N))
-            ops.grouped_gemm(*(t if t is None else t.cuda() for t in operands))
+            for b, b_sf in layouts:
+                ops.grouped_gemm(
+                    a, None, None, b, b_sf, w.alpha.cuda(), offsets.cuda(), torch.randn(E, N, device="cuda")
+                )
     for T in (1, 20, 90):  # and the activation fused into them
         w13, w2, ids = random_weights(4, 256, 96, 2), random_weights(4, 96, 128), torch.randint(-1, 5, (T, 3))
         operands = (

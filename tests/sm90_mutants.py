@@ -18,12 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc/kernels"
 TESTS = ["tests/test_sm90.py", "tests/test_sm90_packed.py", "tests/test_sm90_moe.py"]
 REACH = {  # by what is compiled: the tests that run it, as pytest's -k
+    "gemm_8": "1x24x1536 or 3x96x1536 or replayed",
     "gemm_16": "9x4x392 or 9x4x448 or 9x24x1536 or replayed",
     "gemm_128": "112x4x392 or 112x4x448 or 100x24x1536 or replayed",
     "prepare": "9x4x392 or 9x4x448 or captured",
 }
 SIDE_BY_SIDE = 6
 SECONDS = 60
+ANNOUNCED = "sync_threads(kLeft, T::kConsumers + 32)"
 PLACE_OF_TURN = "turned[(4 * lane + i) ^ lane / 2 % 4]"
 
 
@@ -51,9 +53,11 @@ MUTANTS = [
     Mutant("own sums carried", "carry.cuh", "from = values(before)", "from = values(blockIdx.x)"),
     Mutant("carried NaN forgotten", "carry.cuh", "worst[u] = __ldcg(from)", "worst[u] = 0"),
     Mutant("flag stays up", "carry.cuh", "*flag(before) = 0", "(void)0", "gemm_128"),
-    Mutant(
-        "rest a stage early", "gemm.cuh", "{begin, rest * kStageSteps,", "{begin, (rest - 1) * kStageSteps,"
-    ),
+    Mutant("rest a stage early", "gemm.cuh", "s.rest * kStageSteps", "(s.rest - 1) * kStageSteps"),
+    Mutant("announced before they are left", "carry.cuh", ANNOUNCED, "(void)0", "gemm_8"),
+    Mutant("tokens of another step", "narrow.cuh", "(tokens ^ 64)", "(tokens ^ 32)", "gemm_8"),
+    Mutant("pairs of another lane", "narrow.cuh", "k_order ? 1 : 2", "k_order ? 2 : 1", "gemm_8"),
+    Mutant("stage full of weights alone", "kernel.cuh", "T::kNarrow ? 2 : 1", "1", "gemm_8"),
     Mutant("scales of the other step", "weights.cuh", "s ? 0xd591 : 0xc480", "s ? 0xc480 : 0xd591"),
     Mutant("low rows for high", "weights.cuh", "kHigh = kStrips * kStripBytes", "kHigh = 0"),
     Mutant("order not turned", "prepare.cu", PLACE_OF_TURN, "turned[4 * lane + i]", "prepare"),

@@ -97,11 +97,13 @@ struct Kernel {
     const int2 first = shared.first[low], next = shared.first[low + 1];
     const int local = index - first.x * problem.row_tiles, tiles = next.x - first.x;
     const int rows = next.y - first.y;
-    if (tiles == 1) return {low, local * team() + rank(), first.y, rows};  // mostly so: no divisions
-    const int even = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
-    const int each = even > T::kTokens - T::kStep ? T::kTokens : even;  // even shares where all are narrower
-    const int begin = local % tiles * each;
-    return {low, local / tiles * team() + rank(), first.y + begin, min(each, rows - begin)};
+    int row_tile = local, begin = 0, each = rows;
+    if (tiles > 1) {  // seldom while decoding, which has no time for divisions
+      const int even = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+      each = even > T::kTokens - T::kStep ? T::kTokens : even;  // even shares where all are narrower
+      begin = local % tiles * each, row_tile = local / tiles;
+    }
+    return {low, row_tile * team() + rank(), first.y + begin, min(each, rows - begin)};
   }
 
   // What this CTA computes, or its team. Items that do not fill the last wave are shared out in steps of K:
