@@ -2,7 +2,8 @@
 
 A measurement is one CUDA graph. Before every replay, outside the timed region, 512 MiB are read, so L2
 holds none of the weights, and the inputs are touched, as the layer before would have left them. Events
-surround the replay, so every time includes a graph's launch ("launch us": of a kernel that does nothing)."""
+surround the replay, so every time includes a graph's launch ("launch us": of a kernel that does nothing).
+What is compared is replayed in turns."""
 
 import statistics
 import subprocess
@@ -43,8 +44,8 @@ class Clock:
         for x in warm:
             x.view(torch.uint8).amax()
 
-    def time(self, run: Callable[[], object], warm: tuple[Tensor, ...] = ()) -> tuple[Time, object]:
-        """Also what `run` gave in the last replay: a tensor is filled with NaN before the first one.
+    def capture(self, run: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+        """The graph of a call and what it gives in every replay: a tensor is filled with NaN before.
 
         `run` is called twice before it is captured, so what it compiles and loads is not in the graph."""
         with torch.cuda.stream(self.stream):
@@ -56,18 +57,32 @@ class Clock:
                 out = run()
             if isinstance(out, Tensor) and out.is_floating_point():
                 out.fill_(torch.nan)
-            replays = range(WARM_UPS + self.replays)
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in replays]
-            for start, end in events:
-                self.flush(warm)
-                start.record()
-                graph.replay()
-                end.record()
-            out = out.clone() if isinstance(out, Tensor) else out  # the graph's memory goes with it
+        return graph, out
+
+    def in_turns(self, graphs: list[torch.cuda.CUDAGraph], warm: tuple[Tensor, ...] = ()) -> list[Time]:
+        """Of each, a replay of all after the other: what warms the card and lowers its clocks meets all."""
+        rounds = [
+            [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in graphs]
+            for _ in range(WARM_UPS + self.replays)
+        ]
+        with torch.cuda.stream(self.stream):
+            for events in rounds:
+                for graph, (start, end) in zip(graphs, events, strict=True):
+                    self.flush(warm)
+                    start.record()
+                    graph.replay()
+                    end.record()
             self.stream.synchronize()
-        times = [start.elapsed_time(end) * 1e3 for start, end in events[WARM_UPS:]]
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-        return Time(median, low, high), out
+        times = []
+        for replays in zip(*rounds[WARM_UPS:], strict=True):
+            us = [start.elapsed_time(end) * 1e3 for start, end in replays]
+            low, median, high = statistics.quantiles(us, n=4, method="inclusive")
+            times.append(Time(median, low, high))
+        return times
+
+    def time(self, run: Callable[[], object]) -> float:
+        """Microseconds of one, alone."""
+        return self.in_turns([self.capture(run)[0]])[0].us
 
     def nanoseconds_of_kernels(
         self, run: Callable[[], object], warm: tuple[Tensor, ...] = (), calls: int = 5
@@ -125,7 +140,7 @@ def ceilings(clock: Clock) -> dict[str, float]:
     torch and a plain loop do the same, the faster: a graph's memcpy ran at 2.7 TB/s instead of 4.2 here."""
 
     def fastest(*runs) -> float:
-        return min(clock.time(run)[0].us for run in runs)
+        return min(clock.time(run) for run in runs)
 
     n, loop = 1 << 29, {"BLOCK": 8192, "num_warps": 16}  # 2 GiB
     x, y = (torch.zeros(n, dtype=torch.int32, device="cuda") for _ in range(2))

@@ -77,17 +77,18 @@ def measure(
     clock: cold.Clock, runs: dict[str, Run | str], tokens: Tokens, wanted: dict
 ) -> tuple[dict, dict, dict]:
     """Times, relative errors and failures by system, of those that run."""
-    times, errors, failed = {}, {}, {}
+    captured, failed = {}, {name: run for name, run in runs.items() if isinstance(run, str)}
     for name, run in runs.items():
-        if isinstance(run, str):
-            failed[name] = run
+        if name in failed:
             continue
         try:
-            took, out = clock.time(lambda run=run: run(tokens), tokens.all)
+            captured[name] = clock.capture(lambda run=run: run(tokens))
         except Exception as error:
             failed[name] = reason(error)
-            continue
-        times[name] = dataclasses.asdict(took)
+    took = clock.in_turns([graph for graph, _ in captured.values()], tokens.all)
+    times = {name: dataclasses.asdict(time) for name, time in zip(captured, took, strict=True)}
+    errors = {}
+    for name, (_, out) in captured.items():
         reference_of = "nvfp4" if name.startswith("ours nvfp4") else "bf16"
         if reference_of in wanted:
             errors[name] = relative_error(out, wanted[reference_of])
