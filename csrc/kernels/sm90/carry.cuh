@@ -4,8 +4,8 @@
 
 namespace nvfp4::sm90 {
 
-constexpr int kLeft =
-    5;  // the barrier of all consumers and the warp that announces; 1 + group: a warpgroup's
+// The named barrier of all consumers and the warp that announces; 1 + group is a warpgroup's own.
+constexpr int kLeft = 5;
 
 template <class T>
 struct Carried {

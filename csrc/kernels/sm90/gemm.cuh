@@ -2,9 +2,9 @@
 //
 // Weights are the M operand, so that one token pads to 8. A persistent CTA walks tiles of (expert, weight
 // rows, tokens); one warp keeps a ring of codes and scales full, one a ring of tokens, and every consumer
-// warpgroup decodes 64 rows x K 64 into registers while its tensor core works on the K 64 before. Each output
-// is one chain of m64n*k16 products in ascending K, whatever the tile: its bits depend on nothing else in the
-// batch.
+// warpgroup decodes 64 rows x K 64 into registers while its tensor core works on the K 64 before (narrow.cuh:
+// every warp, 16 rows). Each output is one chain of k16 products in ascending K, whatever the tile: its bits
+// depend on nothing else in the batch.
 #pragma once
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // N = 24, 40, 48, ...: without it CuTe splits them
 #include <cutlass/arch/reg_reconfig.h>
