@@ -21,7 +21,7 @@ struct Problem {
   uint32_t* carried;  // [CTAs][Tile::kCarried][consumers]: accumulators of items that two CTAs share
   uint64_t* flags;    // [CTAs][warpgroups]: `launch` where they are there, else anything
   uint64_t launch;    // a number no other launch has
-  cutlass::FastDivmod by_teams, by_stages;  // of the grid; of K
+  cutlass::FastDivmod by_teams, by_stages;  // teams in the grid, stages of K
 };
 
 }  // namespace nvfp4::sm90

@@ -1,6 +1,7 @@
-// Products of up to eight tokens. Instructions bound decode, and here mma.sync takes the fewest: it wants no
-// descriptors, and every warp goes its own way, from its first code to its rows of the product. Its sums are
-// wgmma's, bit for bit: the same steps of k16 in the same order.
+// Tiles of eight tokens. Instructions bound decode, and here mma.sync takes the fewest: it wants no
+// descriptors, and every warp goes its own way, from its first code to its rows of the product (but where
+// sums pass from one CTA to the next). Its sums are wgmma's, bit for bit: the same steps of k16 in the same
+// order.
 #pragma once
 #include "carry.cuh"
 #include "epilogue.cuh"

@@ -21,10 +21,10 @@ struct Tile {
   static constexpr int kWarpgroups = kWarpgroups_, kUnits = kUnits_;  // 64-row tiles a warpgroup
   // At most; the MMA's N is the least of kLeast, + kStep, .. that does.
   static constexpr int kTokens = kTokens_, kLeast = kLeast_, kStep = kLeast < kTokens ? kTokens / 4 : kTokens;
-  static constexpr int kSlabs = kSlabs_;            // steps of K in a stage of tokens
-  static constexpr int kGroup = kGroup_;            // steps decoded and multiplied at once
-  static constexpr bool kNarrow = kTokens == 8;     // narrow.cuh multiplies; a ring holds both
-  static constexpr int kBuffers = kNarrow ? 1 : 2;  // of decoded operands
+  static constexpr int kSlabs = kSlabs_;         // steps of K in a stage of tokens
+  static constexpr int kGroup = kGroup_;         // steps decoded and multiplied at once
+  static constexpr bool kNarrow = kTokens == 8;  // narrow.cuh multiplies; one ring holds weights and tokens
+  static constexpr int kBuffers = kNarrow ? 1 : 2;  // of decoded operands; narrow.cuh needs none
   static constexpr int kWeightStages = kWeightStages_, kTokenStages = kTokenStages_;
   static constexpr int kTeam = kTeam_;
   static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128;
