@@ -24,7 +24,7 @@ struct Tile {
   static constexpr int kSlabs = kSlabs_;         // steps of K in a stage of tokens
   static constexpr int kGroup = kGroup_;         // steps decoded and multiplied at once
   static constexpr bool kNarrow = kTokens == 8;  // narrow.cuh multiplies; one ring holds weights and tokens
-  static constexpr int kBuffers = kNarrow ? 1 : 2;  // of decoded operands; narrow.cuh needs none
+  static constexpr int kBuffers = 2;             // of decoded operands
   static constexpr int kWeightStages = kWeightStages_, kTokenStages = kTokenStages_;
   static constexpr int kTeam = kTeam_;
   static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128;
@@ -44,13 +44,15 @@ struct Tile {
   static_assert(!kNarrow || kTokenStages == kWeightStages);
   static_assert(kTeam <= 2 && (kTokens - kLeast) % kStep == 0);
   static_assert(kStageSteps % kSlabs == 0 && kSlabs % kGroup == 0);
-  static constexpr int kRound = kGroup * kBuffers > kUnits ? kGroup * kBuffers / kUnits : kGroup;
+  static constexpr int kRound = kNarrow                      ? kStageSteps
+                                : kGroup * kBuffers > kUnits ? kGroup * kBuffers / kUnits
+                                                             : kGroup;
   static_assert(kSlabs % kRound == 0 || kSlabs == 1, "steps that use every buffer once end with a stage");
 };
 
 //                 wgs units tokens slabs group stages of weights, tokens, team
-using Tile8s = Tile<2, 1, 8, 8, 4, 4, 8, 8>;
-using Tile8 = Tile<4, 1, 8, 8, 4, 4, 4, 4>;
+using Tile8s = Tile<2, 1, 8, 8, 4, 1, 8, 8>;
+using Tile8 = Tile<4, 1, 8, 8, 4, 1, 4, 4>;
 using Tile16 = Tile<4, 1, 16, 16, 4, 2, 4, 4>;
 using Tile24 = Tile<4, 1, 24, 24, 4, 1, 3, 4>;
 using Tile32 = Tile<4, 1, 32, 32, 4, 1, 3, 4>;
