@@ -21,11 +21,12 @@ REACH = {  # by what is compiled: the tests that run it, as pytest's -k
     "gemm_8": "1x24x1536 or 3x96x1536 or replayed",
     "gemm_16": "9x4x392 or 9x4x448 or 9x24x1536 or replayed",
     "gemm_128": "112x4x392 or 112x4x448 or 100x24x1536 or replayed",
-    "prepare": "9x4x392 or 9x4x448 or captured",
+    "pair_8": "1568",
+    "prepare": "9x4x392 or 9x4x448 or captured or 1568",
 }
 SIDE_BY_SIDE = 6
 SECONDS = 60
-ANNOUNCED = "sync_threads(kLeft, T::kConsumers + 32)"
+ANNOUNCED = "hear(&kernel.shared.left[lane]) < parts"
 PLACE_OF_TURN = "turned[(4 * lane + i) ^ lane / 2 % 4]"
 
 
@@ -53,8 +54,31 @@ MUTANTS = [
     Mutant("own sums carried", "carry.cuh", "from = values(before)", "from = values(blockIdx.x)"),
     Mutant("carried NaN forgotten", "carry.cuh", "worst[u] = __ldcg(from)", "worst[u] = 0"),
     Mutant("flag stays up", "carry.cuh", "*flag(before) = 0", "(void)0", "gemm_128"),
-    Mutant("rest a stage early", "gemm.cuh", "s.rest * kStageSteps", "(s.rest - 1) * kStageSteps"),
-    Mutant("announced before they are left", "carry.cuh", ANNOUNCED, "(void)0", "gemm_8"),
+    Mutant("rest a stage early", "work.cuh", "s.rest * kStageSteps", "(s.rest - 1) * kStageSteps"),
+    Mutant("announced before they are left", "carry.cuh", ANNOUNCED, "false", "gemm_8"),
+    Mutant("tokens announced before", "carry.cuh", ANNOUNCED, "false", "pair_8"),
+    Mutant("tokens not awaited", "gemm.cuh", "< problem.awaits)", "< 0)", "pair_8"),
+    Mutant("all but a row tile awaited", "gemm.cuh", "< problem.awaits)", "< problem.awaits - 1)", "pair_8"),
+    Mutant("another tile awaited", "gemm.cuh", "problem.finished + tile)", "problem.finished)", "pair_8"),
+    Mutant("counts kept", "prepare.cu", "counts.first[i] = 0", "(void)0", "prepare"),
+    Mutant(
+        "one share for all", "pair.cuh", "atomicAdd(taken, 1)", "atomicAdd(taken, 0) + blockIdx.x", "pair_8"
+    ),
+    Mutant("only own shares", "pair.cuh", "last + each : take()", "last + each : last + each", "pair_8"),
+    Mutant(
+        "choices from the second on",
+        "work.cuh",
+        "int64_t e = expert_of(threadIdx.x)",
+        "int64_t e = -1",
+        "pair_8",
+    ),
+    Mutant(
+        "quantized lanes exchanged",
+        "prepare.cu",
+        "uint4{far.x, far.y, near.x, near.y}",
+        "uint4{near.x, near.y, far.x, far.y}",
+        "prepare",
+    ),
     Mutant("tokens of another step", "narrow.cuh", "(tokens ^ 64)", "(tokens ^ 32)", "gemm_8"),
     Mutant("pairs of another lane", "narrow.cuh", "k_order ? 1 : 2", "k_order ? 2 : 1", "gemm_8"),
     Mutant("stage full of weights alone", "kernel.cuh", "T::kNarrow ? 2 : 1", "1", "gemm_8"),
@@ -62,11 +86,17 @@ MUTANTS = [
     Mutant("low rows for high", "weights.cuh", "kHigh = kStrips * kStripBytes", "kHigh = 0"),
     Mutant("order not turned", "prepare.cu", PLACE_OF_TURN, "turned[4 * lane + i]", "prepare"),
     Mutant("codes doubled", "prepare.cu", "0x43004300", "0x43804380", "prepare"),
-    Mutant("leads at once", "prepare.cu", "  follow();\n  lead();", "  lead();\n  follow();", "prepare"),
+    Mutant(
+        "leads at once",
+        "prepare.cu",
+        "  follow();\n  if (!p.ids) lead();",
+        "  if (!p.ids) lead();\n  follow();",
+        "prepare",
+    ),
     Mutant("free for one", "kernel.cuh", "kernel.team() * T::kConsumers", "T::kConsumers", "gemm_128"),
     Mutant("halves exchanged", "gemm.cuh", "row + rank() *", "row + (1 - rank()) *", "gemm_128"),
-    Mutant("sums of the other CTA", "carry.cuh", "blockIdx.x - team", "blockIdx.x - 1", "gemm_128"),
-    Mutant("one row tile twice", "gemm.cuh", "* team() + rank()", "* team()", "gemm_128"),
+    Mutant("sums of the other CTA", "carry.cuh", "cta - kernel.team()", "cta - 1", "gemm_128"),
+    Mutant("one row tile twice", "work.cuh", "* team() + rank()", "* team()", "gemm_128"),
     Mutant("products too narrow", "kernel.cuh", "if (it.count > N)", "if (it.count > N + 8)", "gemm_128"),
 ]
 

@@ -56,8 +56,8 @@ def instructions() -> dict[str, str]:
 
 
 def tiles(functions) -> list[str]:
-    found = [f for f in functions if "grouped_kernel" in f]
-    assert found, f"no grouped_kernel among {sorted(functions)}"
+    found = [f for f in functions if re.search("grouped_kernel|pair_kernel", f)]
+    assert found, f"no kernel of a tile among {sorted(functions)}"
     return found
 
 

@@ -15,6 +15,9 @@ WIDE = (4, 96, 288, 768)  # enough weight rows for whole tiles at few tokens
 SHARED = (4, 24, 544, 1536)  # CTAs hand on sums of the first product, teams at 100 rows an expert
 SIZES = [(T, *SMALL) for T in (1, 5, 16, 33, 80, 150, 300)] + [(T, *WIDE) for T in (30, 70)]
 SIZES += [(T, *SHARED) for T in (54, 600)]
+NARROW = (4, 24, 1568, 1536)  # CTAs hand on sums of both products, which narrow tiles compute in one launch
+PAIRS = [(1, *SMALL), (30, *WIDE), (20, *NARROW)]
+SIZES += PAIRS[2:]
 ODD = [(9, 2, 4, 96, 48), (40, 3, 6, 160, 288), (70, 2, 4, 256, 192)]  # I no multiple of 64, or of a tile
 ACTS = ("silu", "swiglu_limit", "swiglu_oai")
 
@@ -67,7 +70,7 @@ class TestLayer:
 
 
 @pytest.mark.parametrize("compute", ops.COMPUTES)
-@pytest.mark.parametrize("shape", [SMALL, WIDE], ids=str)
+@pytest.mark.parametrize("shape", [SMALL, WIDE, NARROW], ids=str)
 def test_a_token_has_the_same_bits_in_every_batch(shape, compute):
     x, ids, factors, *experts = layer(300, *shape)
     run = lambda t: ops.moe(x[t], ids[t], factors[t], *experts, 0, compute)  # noqa: E731
@@ -83,10 +86,10 @@ def test_a_token_has_the_same_bits_in_every_batch(shape, compute):
 
 
 @pytest.mark.parametrize("compute", ops.COMPUTES)
-@pytest.mark.parametrize("T", [1, 33, 200])
-def test_a_captured_layer_follows_its_routing(T, compute):
-    k, E, H, I = SMALL
-    x, ids, factors, *experts = layer(T, *SMALL)
+@pytest.mark.parametrize("size", [*((T, *SMALL) for T in (1, 33, 200)), (20, *NARROW)], ids=str)
+def test_a_captured_layer_follows_its_routing(size, compute):
+    T, k, E, H, I = size
+    x, ids, factors, *experts = layer(*size)
     args = (x, ids, factors, *experts, 0, compute)
     ops.moe(*args)
     graph = torch.cuda.CUDAGraph()
@@ -102,6 +105,70 @@ def test_a_captured_layer_follows_its_routing(T, compute):
         graph.replay()
         torch.cuda.synchronize()
         assert_same_bits(out, ops.moe(*args).cpu(), f"replay {i}, {tiles(T, k, E, H, I)}")
+
+
+LAUNCHES = {
+    "bf16": ["sort_tile", "order_kernel", "pair_kernel", "combine_kernel"],
+    "nvfp4": ["sort_tile", *["quantize_rows_kernel", "grouped_kernel"] * 2, "combine_kernel"],
+}
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTES)
+@pytest.mark.parametrize("size", [*PAIRS, (80, *SMALL)], ids=str)
+def test_few_kernels_are_launched(size, compute):
+    args = (*layer(*size), 0, compute)
+    ops.moe(*args)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.moe(*args)
+        torch.cuda.synchronize()
+    events = sorted((e for e in profile.events() if "nvfp4" in e.name), key=lambda e: e.time_range.start)
+    if not events:
+        pytest.skip("the profiler sees no kernels here")
+    want = LAUNCHES[compute]
+    if compute == "bf16" and size not in PAIRS:
+        want = ["sort_tile", "order_kernel", "grouped_kernel", "grouped_kernel", "combine_kernel"]
+    names = [next((w for w in want if w in e.name), e.name) for e in events]
+    assert names == want, tiles(*size)
+
+
+@pytest.mark.parametrize("size", PAIRS, ids=str)
+def test_layers_on_several_streams_finish_and_are_right(size):
+    """Each of a pair's CTAs waits for others; none may wait for one that others keep from coming up."""
+    calls = [layer(*size) for _ in range(3)]
+    want = [ops.moe(*args, 0, "bf16") for args in calls]
+    streams, graphs, got = [torch.cuda.Stream() for _ in calls], [], []
+    for args, stream in zip(calls, streams, strict=True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            got.append(ops.moe(*args, 0, "bf16"))
+        graphs.append(graph)
+    for replay in range(50):
+        for y in got:
+            y.fill_(torch.nan)
+        torch.cuda.synchronize()
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                graph.replay()
+        torch.cuda.synchronize()
+        for y, w in zip(got, want, strict=True):
+            assert_same_bits(y, w.cpu(), f"replay {replay}")
+
+
+@pytest.mark.parametrize("size", PAIRS, ids=str)
+def test_a_layer_finishes_while_something_else_keeps_multiprocessors(size):
+    args = layer(*size)
+    want, other = ops.moe(*args, 0, "bf16"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(2_000_000_000)  # a second of one multiprocessor
+        done.record()
+    got = ops.moe(*args, 0, "bf16")
+    torch.cuda.current_stream().synchronize()
+    assert not done.query(), "the other kernel was over before"
+    assert_same_bits(got, want.cpu())
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("compute", ops.COMPUTES)

@@ -78,6 +78,17 @@ void launch_gemm(const char* op, const char* w, const Tensor& home, const GemmPa
   chip->grouped_gemm(p, out<void>(scratch), device.stream);
 }
 
+const Chip* chip_for_pair(const Tensor& home, const GemmParams& first, const GemmParams& second) {
+  const Chip* chip = chip_for(home, first);
+  return chip && chip->takes_pair && chip->takes_pair(first, second) ? chip : nullptr;
+}
+
+void launch_pair(const Chip& chip, const Tensor& home, const GemmParams& first, const GemmParams& second) {
+  const OnDevice device(home);
+  Tensor scratch = empty(home, {chip.pair_workspace(first, second)}, kU8);
+  chip.pair(first, second, out<void>(scratch), device.stream);
+}
+
 Tensor grouped_gemm(const Tensor& a, const MaybeTensor& a_sf, const MaybeTensor& a_scale, const Tensor& b,
                     const Tensor& b_sf, const Tensor& alpha, const Tensor& offsets, const MaybeTensor& bias) {
   const char* op = "grouped_gemm";

@@ -155,6 +155,16 @@ static bool want_grouped_sf(const Tensor& home, GemmParams& p) {
   return true;
 }
 
+// Lets the chip quantize a product's activations itself, where it can.
+static bool let_quantize(const Tensor& home, GemmParams& p, const Tensor& a) {
+  GemmParams quantizing = p;
+  quantizing.a = in<bf16>(a);
+  quantizing.quantize_a = true;
+  if (!chip_for(home, quantizing)) return false;
+  p = quantizing;
+  return true;
+}
+
 // Lets the chip fuse the activation into the layer's first product, where it can.
 static void fuse_activation(const Tensor& home, GemmParams& p, Act act, double act_alpha, double limit) {
   GemmParams fused = p;
@@ -199,7 +209,8 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   expect_weights(op, "w2", x, w2, w2_sf, w2_alpha, w2_bias, E, H, I);
   const Tensor tokens = aligned(x);
 
-  const auto [rows, offsets, slots] = permute(ids, E, first_expert);
+  const Tensor choices = dense(ids);
+  const auto [rows, offsets, slots] = permute(choices, E, first_expert);
   GemmParams first = weight_params(w13, w13_sf, w13_alpha, w13_bias, gate_up_width, H);
   GemmParams second = weight_params(w2, w2_sf, w2_alpha, w2_bias, H, I);
   first.rows = in<int32_t>(rows);
@@ -210,12 +221,13 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   first.R = second.R = R;
   second.leave_tail = true;  // combine reads rows of experts only
   std::optional<Quantized> codes;
-  if (quantized) {  // elsewhere a token is quantized once and gathered as codes: the same bits either way
+  if (!quantized) {
+    first.a = in<bf16>(tokens);
+  } else if (!let_quantize(x, first, tokens)) {
+    // elsewhere a token is quantized once and gathered as codes: the same bits either way
     const bool grouped = want_grouped_sf(x, first);
     give_codes(first, codes.emplace(quantize_rows_grouped(tokens, grouped ? MaybeTensor(rows) : std::nullopt,
                                                           grouped ? MaybeTensor(offsets) : std::nullopt)));
-  } else {
-    first.a = in<bf16>(tokens);
   }
 
   fuse_activation(x, first, kind, act_alpha, limit);
@@ -223,14 +235,26 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   first.leave_tail = first.activated && !quantized;  // or the tail is read by what follows
   Tensor hidden = empty(x, {R, first.activated ? I : gate_up_width}, kBf16);
   first.out = out<bf16>(hidden);
+  if (first.out_in_k_order) {  // nothing stands between the products
+    GemmParams counting = first;
+    counting.ids = in<int32_t>(choices);
+    counting.first_expert = first_expert;
+    second.a = in<bf16>(hidden);
+    if (const Chip* chip = chip_for_pair(x, counting, second)) {
+      Tensor y = empty(x, {R, H}, kBf16);
+      second.out = out<bf16>(y);
+      launch_pair(*chip, x, counting, second);
+      return combine(y, slots, weights);
+    }
+  }
   launch_gemm(op, "w13", x, first);
-  if (quantized) {
+  if (!quantized) {
+    second.a = in<bf16>(first.activated ? hidden : hidden = swiglu(hidden, act, act_alpha, limit));
+  } else if (!first.activated || !let_quantize(x, second, hidden)) {
     const MaybeTensor by = want_grouped_sf(x, second) ? MaybeTensor(offsets) : std::nullopt;
     give_codes(second,
                codes.emplace(first.activated ? quantize_rows_grouped(hidden, std::nullopt, by)
                                              : swiglu_quantize_grouped(hidden, act, act_alpha, limit, by)));
-  } else {
-    second.a = in<bf16>(first.activated ? hidden : hidden = swiglu(hidden, act, act_alpha, limit));
   }
   Tensor y = empty(x, {R, H}, kBf16);
   second.out = out<bf16>(y);

@@ -26,6 +26,7 @@ std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, bool packed_a)
 int capability();  // of the current device, 90 for 9.0; 0 where there is none
 
 void route(const RouteParams&, cudaStream_t);
+constexpr int64_t kPermuteAlone = 2048;  // choices that permute sorts in one CTA, without a workspace
 int64_t permute_workspace(const PermuteParams&);
 void permute(const PermuteParams&, void* workspace, cudaStream_t);
 void swiglu(const SwigluParams&, cudaStream_t);

@@ -45,4 +45,13 @@ __device__ inline void start([[maybe_unused]] bool early) {
 #endif
 }
 
+// The other way round: who comes up early finds all done that came before this kernel.
+__device__ inline void start_first([[maybe_unused]] bool early) {
+#if __CUDA_ARCH__ >= 900
+  if (!early) return;
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 }  // namespace nvfp4::cuda

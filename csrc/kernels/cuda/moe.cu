@@ -1,5 +1,5 @@
 // The element-wise parts of the layer: activations and the weighted sum at its end.
-#include "vector.cuh"
+#include "quantize_rows.cuh"
 
 namespace nvfp4::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // tensor_scale, quantize, quantize_rows, dequantize. Memory is what bounds them: each value is read once.
-#include "vector.cuh"
+#include "quantize_rows.cuh"
 
 namespace nvfp4::cuda {
 namespace {
@@ -65,35 +65,10 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(bool early, Quantize
     const int64_t b = first + i * kThreads;
     if (b >= blocks) return;
     const float scale = p.scale[p.per_row ? divide(b, S) : 0];
-    p.sf[b] = quantize_block(block[i], largest(block[i]), scale, false, p.packed + b * 8);
+    p.sf[b] =
+        quantize_block(block[i], largest(block[i]), scale, false, reinterpret_cast<uint2*>(p.packed)[b]);
   }
 }
-
-// ---- quantize_rows --------------------------------------------------------------------------------
-
-template <class T>
-struct GatheredRows {
-  using Raw = Block<T>;
-  static constexpr bool kCheap = true;
-  const T* x;
-  const int32_t* rows;
-  int64_t count;
-  bool aligned;
-
-  struct Row {
-    const T* x;
-    bool aligned;
-    __device__ Block<T> load(int k) const {
-      return load_block(x + static_cast<int64_t>(k) * blockDim.x * kBlock, aligned);
-    }
-    __device__ Block<T> block(const Block<T>& b) const { return b; }
-  };
-  __device__ Row row(uint32_t r, uint32_t S) const {
-    if (!rows) return {x + block_index(r, S) * kBlock, aligned};
-    const int64_t named = rows[r];
-    return {x + block_index(named < 0 ? 0 : min(named, count - 1), S) * kBlock, aligned};
-  }
-};
 
 // ---- dequantize -----------------------------------------------------------------------------------
 

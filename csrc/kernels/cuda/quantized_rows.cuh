@@ -1,17 +1,9 @@
 // Where quantized rows and their scales go.
 #pragma once
+#include "device.h"
 #include "kernels.h"
 
 namespace nvfp4::cuda {
-
-struct QuantizedRows {  // R rows of S blocks
-  int64_t R;
-  int S;
-  uint8_t* packed;
-  uint8_t* sf;
-  float* scale;
-  SfGroups groups;
-};
 
 // A row's threads share its blocks: thread t has blocks t, t + blockDim.x, .. What follows points at its
 // first one; the k-th is k steps on.
@@ -28,6 +20,30 @@ struct SfPlace {  // where a thread's scales go
 
   __device__ void store(int k, uint8_t byte) const {
     if (step) first[static_cast<int64_t>(k) * step] = byte;
+  }
+};
+
+struct QuantizedRows {                   // R rows of S blocks
+  static constexpr bool kFirst = false;  // whether the next kernel comes up only when all before is done
+  int64_t R;
+  int S;
+  uint8_t* packed;
+  uint8_t* sf;
+  float* scale;
+  SfGroups groups;
+
+  struct Row {
+    uint2* codes;
+    SfPlace scales;
+    template <class Quantize>
+    __device__ void put(int k, Quantize quantize) const {
+      scales.store(k, quantize(codes[static_cast<int64_t>(k) * blockDim.x]));
+    }
+  };
+  __device__ inline Row row(uint32_t r) const;
+
+  void clear(cudaStream_t stream) const {  // the padding; the rows' own scales follow
+    if (groups.offsets) CUDA_CHECK(cudaMemsetAsync(sf, 0, SfGroups::cosize(R, groups.E, S), stream));
   }
 };
 
@@ -51,6 +67,11 @@ __device__ inline SfPlace sf_place(const QuantizedRows& out, uint32_t r, int64_t
   if (local < 0 || atom >= SfGroups::atom_rows(out.R, out.groups.E)) return {nullptr, 0};
   return {out.sf + atom * layout.cosize() + layout.offset(local % 128, column(0)),
           (column(1) - column(0)) / SfLayout::kAtomCols * SfLayout::kAtom};
+}
+
+__device__ inline QuantizedRows::Row QuantizedRows::row(uint32_t r) const {
+  const int64_t block = block_index(r, S);
+  return {reinterpret_cast<uint2*>(packed) + block, sf_place(*this, r, block)};
 }
 
 }  // namespace nvfp4::cuda

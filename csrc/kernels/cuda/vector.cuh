@@ -1,5 +1,4 @@
-// Blocks of 16 values in registers: loading them, their maximum, their e2m1 codes; and the kernel that
-// quantizes whole rows, for whatever yields their blocks.
+// Blocks of 16 values in registers: loading them, their maximum, their e2m1 codes.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -9,7 +8,6 @@
 
 #include "kernels.h"
 #include "launch.cuh"
-#include "quantized_rows.cuh"
 
 namespace nvfp4::cuda {
 
@@ -244,8 +242,7 @@ __device__ uint2 codes_by_division(Block<T> b, float step) {
 // One block to its 8 bytes under any scale; returns its own. `top` is largest(b). `divides`: even if it need
 // not.
 template <class T>
-__device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, float scale, bool divides,
-                                  uint8_t* packed) {
+__device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, float scale, bool divides, uint2& packed) {
   constexpr uint32_t kLow = (127 - 60) << 23, kHigh = (127 + 60) << 23;  // 2^-60, 2^60
   const uint32_t byte = block_scale(float_of(top), scale);
   const float step = top ? e4m3_decode(byte) * scale : 1.0f;  // zeros are zeros by any step
@@ -254,7 +251,7 @@ __device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, float scale, 
     codes = codes_by_division(b, step);
   else
     codes = {codes_by_quotient(b, 0, 8 * step), codes_by_quotient(b, 1, 8 * step)};
-  *reinterpret_cast<uint2*>(packed) = codes;
+  packed = codes;
   return static_cast<uint8_t>(byte);
 }
 
@@ -274,7 +271,7 @@ struct RowScale {
 // which the rounded 1/6, too large by 2^-25 of itself, and two FMAs round correctly. For 16-bit values the
 // product alone will do: it rounds to the quotient where that is a tie of e4m3, and others lie further away.
 template <class T>
-__device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, const RowScale& row, uint8_t* packed) {
+__device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, const RowScale& row, uint2& packed) {
   if (top >= row.tame) return quantize_block(b, top, row.scale, true, packed);
   constexpr float kSixth = 0x1.555556p-3f;
   const float amax = float_of(top) * row.inverse;
@@ -284,110 +281,11 @@ __device__ uint8_t quantize_block(const Block<T>& b, uint32_t top, const RowScal
   const float step = e4m3_decode(byte) * row.unit;
   if constexpr (std::is_same_v<T, bf16>) {
     const ReciprocalPairs r(step);
-    *reinterpret_cast<uint2*>(packed) = {codes_in_pairs(b, 0, r), codes_in_pairs(b, 1, r)};
+    packed = {codes_in_pairs(b, 0, r), codes_in_pairs(b, 1, r)};
   } else {
-    *reinterpret_cast<uint2*>(packed) = {codes_by_quotient(b, 0, 8 * step),
-                                         codes_by_quotient(b, 1, 8 * step)};
+    packed = {codes_by_quotient(b, 0, 8 * step), codes_by_quotient(b, 1, 8 * step)};
   }
   return static_cast<uint8_t>(byte);
-}
-
-// ---- whole rows -----------------------------------------------------------------------------------
-
-// The largest of a row's `top`s; a row has blockDim.x threads, whole warps.
-__device__ inline uint32_t row_max(uint32_t top) {
-  __shared__ uint32_t tops[32];
-  const int warps = blockDim.x / 32, first = threadIdx.y * warps, lane = threadIdx.x % 32;
-  top = __reduce_max_sync(~0u, top);
-  if (warps == 1) return top;
-  if (lane == 0) tops[first + threadIdx.x / 32] = top;
-  __syncthreads();
-  return __reduce_max_sync(~0u, tops[first + min(lane, warps - 1)]);
-}
-
-constexpr int kMostHeld = 4;
-constexpr int kMostThreads = 448;
-// CTAs on an SM that bound the registers; 0: the compiler's choice, which spills a few bytes on two chips.
-template <int kHeld, class Source>
-#if __CUDA_ARCH__ == 1000
-constexpr int kFewestCtas = kHeld == 1 && !Source::kCheap ? 2 : 0;
-#elif __CUDA_ARCH__ == 1200
-constexpr int kFewestCtas = kHeld == kMostHeld && Source::kCheap ? 1 : 0;
-#else
-constexpr int kFewestCtas = 0;
-#endif
-
-// A thread holds the first kHeld of its blocks between the two passes over them; with kMostHeld more may
-// follow, and those it reads twice.
-template <int kHeld, class Source>
-__global__ void __launch_bounds__(kMostThreads, kFewestCtas<kHeld, Source>)
-    quantize_rows_kernel(bool early, Source source, QuantizedRows out) {
-  start(early);
-  const uint32_t mine = blockIdx.x * blockDim.y + threadIdx.y;
-  const uint32_t r = min(mine, static_cast<uint32_t>(out.R) - 1);  // the barrier wants all threads
-  const int left = out.S - column(0);
-  const auto has = [&](int k) {
-    return left > static_cast<int>(k * blockDim.x) && (k < kHeld || kHeld == kMostHeld);
-  };
-  const auto row = source.row(r, out.S);
-  typename Source::Raw raw[kHeld];
-  decltype(row.block(raw[0])) held[kHeld];
-  uint32_t tops[kHeld], top = 0;
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k)  // all loads first
-    if (has(k)) raw[k] = row.load(k);
-#pragma unroll
-  for (int k = 0; k < kHeld && has(k); ++k) {
-    held[k] = row.block(raw[k]);
-    tops[k] = largest(held[k]);
-    top = max(top, tops[k]);
-  }
-  if (top >= kInfinity) {
-    top = 0;
-#pragma unroll
-    for (int k = 0; k < kHeld && has(k); ++k) top = max(top, largest_finite(held[k], tops[k]));
-  }
-  for (int k = kHeld; has(k); ++k) {
-    const auto b = row.block(row.load(k));
-    top = max(top, largest_finite(b, largest(b)));
-  }
-  const RowScale scale(row_scale(float_of(row_max(top))));
-  if (threadIdx.x == 0) out.scale[r] = scale.scale;
-
-  const int64_t block = block_index(r, out.S);
-  const SfPlace place = sf_place(out, r, block);
-  uint8_t* packed = out.packed + block * 8;
-  const auto finish = [&](const auto& b, uint32_t top, int k) {
-    place.store(k, quantize_block(b, top, scale, packed + static_cast<int64_t>(k) * blockDim.x * 8));
-  };
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k)
-    if (has(k)) finish(held[k], tops[k], k);
-  for (int k = kHeld; has(k); ++k) {
-    const auto b = row.block(row.load(k));
-    finish(b, largest(b), k);
-  }
-}
-
-// Holding more blocks in fewer threads gives more loads in flight, fewer gives small launches more threads,
-// and costly sources the registers they want. Measured on an H200, of the copy rate, with 1, 2 and 4 blocks
-// held: swiglu_quantize 84 %, 90 % and 76 % (65536 x 7168).
-template <class Source>
-void quantize_all_rows(const Source& source, const QuantizedRows& out, cudaStream_t stream) {
-  if (out.R > INT32_MAX)
-    throw std::runtime_error("nvfp4: " + std::to_string(out.R) + " rows, CUDA quantizes at most 2^31 - 1");
-  if (out.groups.offsets)  // the padding; the rows' own scales follow
-    CUDA_CHECK(cudaMemsetAsync(out.sf, 0, SfGroups::cosize(out.R, out.groups.E, out.S), stream));
-  const int fewest = out.S <= kMostThreads ? 1 : out.S <= 2 * kMostThreads ? 2 : kMostHeld;
-  const int most = out.S <= 64 ? 1 : out.S <= 256 || (fewest <= 2 && !Source::kCheap) ? 2 : kMostHeld;
-  const int held = out.R > 512 ? most : fewest;
-  const int warps = std::clamp<int>(ceil_div(out.S, 32 * held), 1, kMostThreads / 32);
-  const dim3 threads(32 * warps, std::max(1, 4 / warps));
-  const int64_t ctas = ceil_div(out.R, threads.y);
-  if (held == 1) launch(quantize_rows_kernel<1, Source>, {ctas, threads}, stream, source, out);
-  if (held == 2) launch(quantize_rows_kernel<2, Source>, {ctas, threads}, stream, source, out);
-  if (held == kMostHeld)
-    launch(quantize_rows_kernel<kMostHeld, Source>, {ctas, threads}, stream, source, out);
 }
 
 }  // namespace nvfp4::cuda

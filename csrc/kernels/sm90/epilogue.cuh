@@ -9,6 +9,12 @@ struct Factors {  // of one weight row
   float alpha, bias;
 };
 
+// Weight row n's among its expert's alphas.
+template <class Int>
+__device__ __forceinline__ int alpha_of(int n, Int alphas, Int N) {
+  return alphas == 1 ? 0 : alphas == 2 ? 2 * n >= N : n;
+}
+
 // (acc * alpha) * a_scale + bias; `plain`: there is neither a scale nor a bias.
 template <bool plain>
 __device__ __forceinline__ float scaled(float sum, Factors f, float a_scale, const GemmParams& p) {
@@ -93,8 +99,7 @@ struct Epilogue {
     if (lane >= kFactors) return;
     const int half = lane / (8 * kUnits), u = lane / 8 % kUnits;
     const int n = kernel.half_row(item, half) + place_of(group * kUnits + u, warp, lane % 8);
-    const int column = p.alphas == 1 ? 0 : p.alphas == 2 ? 2 * n >= p.N : n;
-    copy_word(place_of_factor(lane), p.alpha + item.expert * p.alphas + column, n < p.N);
+    copy_word(place_of_factor(lane), p.alpha + item.expert * p.alphas + alpha_of(n, p.alphas, p.N), n < p.N);
     if (p.bias) copy_word(place_of_factor(lane) + 1, p.bias + item.expert * p.N + n, n < p.N);
   }
   __device__ __forceinline__ float* place_of_factor(int i) const {
@@ -145,7 +150,7 @@ struct Epilogue {
 
   __device__ __forceinline__ float scale_of(int token) const {  // of the tile's
     if (!p.a_scale || token >= item.count) return 1.0f;
-    return p.a_scale[p.a_scale_per_row ? kernel.source_row(item.first_row + token) : 0];
+    return kernel.scale_of(item.first_row + token);
   }
 
   // A thread of the MMA holds tokens 2 c and 2 c + 1 of eight, for a low and a high row. a_scale: of the

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "../chip.h"
+#include "../cuda/kernels.h"
 #include "gemm_problem.h"
 #include "launch.h"
 #include "packed.h"
@@ -17,10 +18,12 @@ struct Choice {
   int rows, tokens, team;
   int64_t carried, flags;  // bytes of a CTA's accumulators and of its flags, on their way to the next
   TileLauncher* launch;
+  PairLauncher* launch_pair;  // or null
 };
 
 template <class T>
-constexpr Choice choice(const char* name, int64_t rows_an_expert, int64_t tiles, TileLauncher* launch) {
+constexpr Choice choice(const char* name, int64_t rows_an_expert, int64_t tiles, TileLauncher* launch,
+                        PairLauncher* launch_pair = nullptr) {
   return {name,
           rows_an_expert,
           tiles,
@@ -29,16 +32,22 @@ constexpr Choice choice(const char* name, int64_t rows_an_expert, int64_t tiles,
           T::kTeam,
           T::kCarried * T::kConsumers * static_cast<int64_t>(sizeof(uint32_t)),
           T::kWarpgroups * static_cast<int64_t>(sizeof(uint64_t)),
-          launch};
+          launch,
+          launch_pair};
 }
 
 constexpr int64_t kAny = INT64_MAX;
 constexpr Choice kTable[] = {
-    choice<Tile8s>("128x8", 5, 132, launch_8s),  // few experts: half the rows, twice the CTAs with work
-    choice<Tile8>("256x8", 5, kAny, launch_8),          choice<Tile16>("256x16", 11, kAny, launch_16),
-    choice<Tile24>("256x24", 18, kAny, launch_24),      choice<Tile32>("256x32", 26, kAny, launch_32),
-    choice<Tile48>("256x48", 41, kAny, launch_48),      choice<Tile64>("256x64", 56, kAny, launch_64),
-    choice<Tile128>("256x128", 130, kAny, launch_128),  choice<Tile256>("128x256", 184, kAny, launch_256),
+    // few experts: half the rows, twice the CTAs with work
+    choice<Tile8s>("128x8", 5, 132, launch_8s, launch_pair_8s),
+    choice<Tile8>("256x8", 5, kAny, launch_8, launch_pair_8),
+    choice<Tile16>("256x16", 11, kAny, launch_16),
+    choice<Tile24>("256x24", 18, kAny, launch_24),
+    choice<Tile32>("256x32", 26, kAny, launch_32),
+    choice<Tile48>("256x48", 41, kAny, launch_48),
+    choice<Tile64>("256x64", 56, kAny, launch_64),
+    choice<Tile128>("256x128", 130, kAny, launch_128),
+    choice<Tile256>("128x256", 184, kAny, launch_256),
     choice<Tile128>("256x128", kAny, kAny, launch_128),
 };
 
@@ -88,20 +97,20 @@ bool takes(const GemmParams& p) {
          aligned16(p.a) && aligned16(p.a_packed) && (!p.activated || (p.act != Act::relu2 && p.N % 128 == 0));
 }
 
-// What a product has in its workspace, in this order: tokens in the kernel's order, what CTAs hand on.
+// What a product has in its workspace, in this order: tokens in the kernel's order, what CTAs hand on, scales
+// of tokens quantized here.
 struct Workspace {
-  int64_t tokens, carried, flags;  // bytes
+  int64_t tokens, carried, flags, scales;  // bytes
 
   Workspace(const GemmParams& p, const Choice& tile)
       : tokens(p.a_in_k_order ? 0 : p.R * ordered_width(p.K) * static_cast<int64_t>(sizeof(bf16))),
         carried(tile.carried * cuda::sm_count()),
-        flags(tile.flags * cuda::sm_count()) {}
+        flags(tile.flags * cuda::sm_count()),
+        scales(p.quantize_a ? p.a_rows * static_cast<int64_t>(sizeof(float)) : 0) {}
+  int64_t all() const { return tokens + carried + flags + scales; }
 };
 
-int64_t workspace(const GemmParams& p) {
-  const Workspace bytes(p, choose(p.R, p.N, p.E));
-  return bytes.tokens + bytes.carried + bytes.flags;
-}
+int64_t workspace(const GemmParams& p) { return Workspace(p, choose(p.R, p.N, p.E)).all(); }
 
 // A number that memory does not hold by chance, other than any launch's before. A graph repeats its own: the
 // kernel lowers every flag it raises.
@@ -110,16 +119,10 @@ uint64_t next_launch() {
   return (launches.fetch_add(1, std::memory_order_relaxed) + 1) * 0x9e3779b97f4a7c15u;
 }
 
-void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
-  if (p.R == 0 || p.a_rows == 0) return;
-  const Choice& tile = choose(p.R, p.N, p.E);
+// `scratch`: of Workspace(p, tile).
+Product product_of(const GemmParams& p, const Choice& tile, void* scratch, cudaStream_t stream) {
   const Workspace bytes(p, tile);
   uint8_t* carried = static_cast<uint8_t*>(scratch) + bytes.tokens;
-  const bf16* tokens = p.a;
-  if (!p.a_in_k_order) {
-    order_tokens(p, static_cast<bf16*>(scratch), stream);
-    tokens = static_cast<const bf16*>(scratch);
-  }
   const int tile_rows = p.activated ? tile.rows / 2 : tile.rows;
   const int64_t rows = p.activated ? p.N / 2 : p.N;
   const int steps = static_cast<int>(ordered_width(p.K) / 64);
@@ -139,17 +142,78 @@ void grouped_gemm(const GemmParams& p, void* scratch, cudaStream_t stream) {
                         reinterpret_cast<uint64_t*>(carried + bytes.carried),
                         next_launch(),
                         cutlass::FastDivmod(cuda::sm_count() / team),
-                        cutlass::FastDivmod((steps + kStageSteps - 1) / kStageSteps)};
+                        cutlass::FastDivmod((steps + kStageSteps - 1) / kStageSteps),
+                        nullptr,
+                        0};
 #ifdef NVFP4_SANITIZE  // a flag is read while it may be anything: initcheck would say so
   CUDA_CHECK(cudaMemsetAsync(problem.flags, 0, static_cast<size_t>(bytes.flags), stream));
 #endif
-  const CUtensorMap codes =
+  const bf16* tokens = p.a_in_k_order ? p.a : static_cast<const bf16*>(scratch);
+  return {
+      problem,
       p.b_packed ? CUtensorMap{}
-                 : tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.K / 2, p.E * p.N, tile.rows / 2);
-  tile.launch(
-      problem, codes,
-      tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, tokens, ordered_width(p.K), p.R, tile.tokens / team),
-      stream);
+                 : tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.K / 2, p.E * p.N, tile.rows / 2),
+      tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, tokens, ordered_width(p.K), p.R, tile.tokens / team)};
+}
+
+void grouped_gemm(const GemmParams& params, void* scratch, cudaStream_t stream) {
+  GemmParams p = params;
+  if (p.R == 0 || p.a_rows == 0) return;
+  const Choice& tile = choose(p.R, p.N, p.E);
+  bf16* const tokens = static_cast<bf16*>(scratch);
+  if (p.quantize_a) {
+    const Workspace bytes(p, tile);
+    float* const scales =
+        reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + bytes.all() - bytes.scales);
+    quantize_tokens(p, scales, tokens, stream);
+    p.a_scale = scales;
+    p.a_scale_per_row = true;
+  } else if (!p.a_in_k_order) {
+    order_tokens(p, {}, tokens, stream);
+  }
+  tile.launch(product_of(p, tile, scratch, stream), stream);
+}
+
+// ---- both products of a layer ----------------------------------------------------------------------
+
+// Narrow ones, where permute needs no memory of its own that this launch might be given.
+bool takes_pair(const GemmParams& first, const GemmParams& second) {
+  const Choice& tile = choose(first.R, first.N, first.E);
+  return tile.launch_pair && &tile == &choose(second.R, second.N, second.E) && takes(first) &&
+         takes(second) && first.ids && first.activated && first.out_in_k_order && second.a_in_k_order &&
+         first.b_packed == second.b_packed && first.leave_tail && second.leave_tail &&
+         first.R <= cuda::kPermuteAlone;
+}
+
+// Of either product; then how many shares are taken, and of every tile of tokens how far the first product
+// is.
+struct PairWorkspace {
+  int64_t first, second;
+  int counts;
+
+  PairWorkspace(const GemmParams& a, const GemmParams& b, const Choice& tile)
+      : first(Workspace(a, tile).all()),
+        second(Workspace(b, tile).all()),
+        counts(static_cast<int>(a.R) + 1) {}
+};
+
+int64_t pair_workspace(const GemmParams& first, const GemmParams& second) {
+  const PairWorkspace bytes(first, second, choose(first.R, first.N, first.E));
+  return bytes.first + bytes.second + bytes.counts * static_cast<int64_t>(sizeof(uint32_t));
+}
+
+void both(const GemmParams& first, const GemmParams& second, void* scratch, cudaStream_t stream) {
+  if (first.R == 0 || first.a_rows == 0) return;
+  const Choice& tile = choose(first.R, first.N, first.E);
+  const PairWorkspace bytes(first, second, tile);
+  uint8_t* const rest = static_cast<uint8_t*>(scratch) + bytes.first;
+  uint32_t* const counts = reinterpret_cast<uint32_t*>(rest + bytes.second);
+  Pair pair{{product_of(first, tile, scratch, stream), product_of(second, tile, rest, stream)}};
+  Problem &one = pair.product[0].problem, &two = pair.product[1].problem;
+  one.finished = two.finished = counts + 1;
+  two.awaits = one.row_tiles;
+  order_tokens(first, {counts, bytes.counts}, static_cast<bf16*>(scratch), stream);
+  tile.launch_pair(pair, counts, stream);
 }
 
 std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, bool packed_a) {
@@ -161,7 +225,7 @@ std::string gemm_plan(int64_t R, int64_t N, int64_t K, int64_t E, bool packed_a)
          (packed_a ? ", activations decoded to BF16 before" : "");
 }
 
-const Chip kChip{"sm90", 9, takes, workspace, grouped_gemm, gemm_plan};
+const Chip kChip{"sm90", 9, takes, workspace, grouped_gemm, gemm_plan, takes_pair, pair_workspace, both};
 [[maybe_unused]] const bool registered = (nvfp4_register_chip(&kChip), true);
 
 }  // namespace

@@ -16,24 +16,25 @@
 #include "ptx.cuh"
 #include "tile.h"
 #include "weights.cuh"
+#include "work.cuh"
 
 namespace nvfp4::sm90 {
 
-struct alignas(16) Item {
-  int expert, row_tile, first_row, count;  // tokens: rows first_row .. first_row + count of the product
+struct Ring {  // where a producer is
+  int stage = 0, parts = 0;
+  uint32_t parity = 1;
 };
 
-struct alignas(16) Part {  // of an item: steps of K
-  int index, begin, end;
+struct Mailbox {  // which share comes next, from the thread that takes them (pair.cuh)
+  int share;
+  uint64_t full, free;
 };
 
-struct Work {  // of a CTA
-  Item item;
-  Part part;
-};
-
-template <class T, template <class> class Weights_>
-struct Kernel {
+template <class T, template <class> class Weights_, bool kOfPair = false>  // of two products in one launch
+struct Kernel : Plan<T, kOfPair> {
+  using Plan = sm90::Plan<T, kOfPair>;
+  using Plan::problem, Plan::p, Plan::team, Plan::rank, Plan::item, Plan::part, Plan::half_row, Plan::second;
+  using typename Plan::Share;
   using Tile = T;
   using Weights = Weights_<T>;
   using bf = cute::bfloat16_t;
@@ -41,120 +42,22 @@ struct Kernel {
   struct Shared {
     alignas(1024) typename Weights::Stage weights[T::kWeightStages];
     alignas(1024) uint8_t tokens[T::kTokenStages][T::kSlabs * T::kSlabBytes];
-    float factors[T::kRows][2];  // alpha and bias, by warps
-    alignas(16) uint8_t out[T::kWarpgroups][2 * T::kUnits][T::kPlaneBytes];
+    float factors[T::kNarrow ? 1 : T::kRows][2];  // alpha and bias, by warps
+    alignas(16) uint8_t out[T::kNarrow ? 1 : T::kWarpgroups][2 * T::kUnits][T::kPlaneBytes];
     uint64_t weights_full[T::kWeightStages], weights_free[T::kWeightStages];
     uint64_t tokens_full[T::kTokenStages], tokens_free[T::kTokenStages];
     Work work[T::kWeightStages + 1];  // in turn: the producer is no more items ahead than it has stages
+    int left[T::kConsumers / 32];     // parts whose results a warp has left in memory (carry.cuh)
+    Mailbox mailbox;                  // of kernels that compute two products
     int2 first[1];                    // [E + 1] token tiles and rows before an expert's own
   };
   static_assert(sizeof(Shared) + sizeof(int2) * kMostExperts <= 227 << 10);
   static int64_t shared_bytes(int64_t E) { return sizeof(Shared) + sizeof(int2) * E; }
 
   Shared& shared;
-  const Problem& problem;
-  const GemmParams& p;
 
-  __device__ __forceinline__ int team() const { return T::kTeam == 1 ? 1 : problem.team; }
-  __device__ __forceinline__ int rank() const { return blockIdx.x % team(); }  // of this CTA there
-
-  // ---- work ----------------------------------------------------------------------------------------
-
-  __device__ __forceinline__ int rows_before(int e) const {  // offsets may lie
-    const int begin = p.offsets ? p.offsets[e] : e ? static_cast<int>(p.R) : 0;
-    return min(max(begin, 0), static_cast<int>(p.R));
-  }
-
-  // Token tiles and rows before each expert's own, by all threads.
-  __device__ __forceinline__ void plan() const {
-    const int E = static_cast<int>(p.E);
-    for (int e = threadIdx.x; e <= E; e += T::kThreads) {
-      const int begin = rows_before(e), rows = e ? max(begin - rows_before(e - 1), 0) : 0;
-      shared.first[e] = {(rows + T::kTokens - 1) / T::kTokens, begin};
-    }
-    __syncthreads();
-    if (threadIdx.x >= 32) return;
-    int sum = 0;
-    for (int first = 0; first <= E; first += 32) {
-      const int e = first + static_cast<int>(threadIdx.x);
-      int x = e <= E ? shared.first[e].x : 0;
-      for (int step = 1; step < 32; step *= 2) {
-        const int before = __shfl_up_sync(~0u, x, step);
-        if (static_cast<int>(threadIdx.x) >= step) x += before;
-      }
-      if (e <= E) shared.first[e].x = sum + x;
-      sum += __shfl_sync(~0u, x, 31);
-    }
-  }
-
-  __device__ __forceinline__ Item item(int index) const {
-    const int E = static_cast<int>(p.E);
-    int low = 0, high = E;  // the last expert that begins at or before this item
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (shared.first[middle].x * problem.row_tiles <= index ? low : high) = middle;
-    }
-    const int2 first = shared.first[low], next = shared.first[low + 1];
-    const int local = index - first.x * problem.row_tiles, tiles = next.x - first.x;
-    const int rows = next.y - first.y;
-    int row_tile = local, begin = 0, each = rows;
-    if (tiles > 1) {  // seldom while decoding, which has no time for divisions
-      const int even = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
-      each = even > T::kTokens - T::kStep ? T::kTokens : even;  // even shares where all are narrower
-      begin = local % tiles * each, row_tile = local / tiles;
-    }
-    return {low, row_tile * team() + rank(), first.y + begin, min(each, rows - begin)};
-  }
-
-  // What this CTA computes, or its team. Items that do not fill the last wave are shared out in steps of K:
-  // what is left after the whole waves but one is cut into equal runs of stages, so a CTA's run may end
-  // inside an item (a head) and the next CTA's begins there (its rest). A CTA computes its head first and
-  // leaves the accumulators in memory, and takes over its neighbour's last of all, when that one is long
-  // there, or soon (CTAs come up in ascending order): no K chain is broken.
-  struct Share {
-    int first, stride, waves;  // items first, first + stride, .. are whole, and those
-    int begin, end;            // of [begin, end) but for
-    int rest, head;            // the stages before `rest` of `begin`; and `head` stages of `end`
-  };
-  __device__ __forceinline__ Share share() const {
-    const int items = shared.first[p.E].x * problem.row_tiles, teams = problem.by_teams.divisor;
-    const int me = blockIdx.x / team(), stages = problem.by_stages.divisor;
-    Share s{me, teams};
-    int left;
-    problem.by_teams(s.waves, left, items);
-    if (s.waves > 0 && left > 0) {
-      const int first = --s.waves * teams, run = (teams + left) * stages;
-      problem.by_stages(s.begin, s.rest, problem.by_teams.div(me * run));
-      problem.by_stages(s.end, s.head, problem.by_teams.div((me + 1) * run));
-      s.begin += first, s.end += first;
-    } else if (s.waves == 0 && me < items) {
-      s.begin = me, s.end = me + 1;
-    }
-    return s;
-  }
-
-  __device__ __forceinline__ bool part(const Share& s, int n, Part& part) const {  // the n-th
-    if (s.head > 0 && n-- == 0) {
-      part = {s.end, 0, s.head * kStageSteps};
-      return true;
-    }
-    if (n < s.waves) {
-      part = {s.first + n * s.stride, 0, problem.steps};
-      return true;
-    }
-    n += s.begin + (s.rest > 0) - s.waves;
-    if (n < s.end) {
-      part = {n, 0, problem.steps};
-      return true;
-    }
-    part = {s.begin, s.rest * kStageSteps, problem.steps};
-    return s.rest > 0 && n == s.end;
-  }
-
-  // First weight row, within the expert, of the tile's low (0) or high (1) half.
-  __device__ __forceinline__ int half_row(const Item& item, int half) const {
-    return item.row_tile * problem.tile_step + half * problem.half_step;
-  }
+  __device__ __forceinline__ Kernel(Shared& shared, const Problem& problem)
+      : Plan{problem, problem.p, shared.first}, shared(shared) {}
 
   // The row of `a` that row r of the product reads.
   __device__ __forceinline__ int source_row(int r) const {
@@ -162,53 +65,65 @@ struct Kernel {
     return min(max(p.rows[r], 0), static_cast<int>(p.a_rows) - 1);
   }
 
+  __device__ __forceinline__ float scale_of(int r) const {  // of its activations; there are some
+    return p.a_scale[p.a_scale_per_row ? source_row(r) : 0];
+  }
+
   // ---- producers -----------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void load_weights(const CUtensorMap* map) const {
-    int stage = 0;
-    uint32_t parity = 1;
-    const Share all = share();
+  __device__ __forceinline__ void load_weights(const CUtensorMap* map, const Share& all, Ring& ring) const {
     Part own;
-    int n = 0;
-    for (; part(all, n, own); ++n) {
+    for (int n = 0; part(all, n, own); ++n, ++ring.parts) {
       const Item it = item(own.index);
       const typename Weights::Source from(problem, map, it.expert, {half_row(it, 0), half_row(it, 1)});
       for (int step = own.begin; step < own.end; step += kStageSteps) {
-        barrier_sleep(&shared.weights_free[stage], parity);
-        if (step == own.begin) shared.work[n % (T::kWeightStages + 1)] = {it, own};
-        from.bring(shared.weights[stage], step, &shared.weights_full[stage]);
-        if (++stage == T::kWeightStages) stage = 0, parity ^= 1;
+        barrier_sleep(&shared.weights_free[ring.stage], ring.parity);
+        if (step == own.begin) shared.work[ring.parts % (T::kWeightStages + 1)] = {it, own};
+        from.bring(shared.weights[ring.stage], step, &shared.weights_full[ring.stage]);
+        if (++ring.stage == T::kWeightStages) ring.stage = 0, ring.parity ^= 1;
       }
     }
-    barrier_sleep(&shared.weights_free[stage], parity);
-    shared.work[n % (T::kWeightStages + 1)].item.count = 0;  // that was all
-    barrier_arrive(&shared.weights_full[stage]);
+  }
+  __device__ __forceinline__ bool all_free(const Ring& ring) const {  // what was brought so far is used up
+    const int last = ring.stage == 0 ? T::kWeightStages - 1 : ring.stage - 1;
+    return barrier_done(&shared.weights_free[last], ring.parity ^ (ring.stage != 0));
+  }
+  __device__ __forceinline__ void end_weights(const Ring& ring) const {
+    barrier_sleep(&shared.weights_free[ring.stage], ring.parity);
+    shared.work[ring.parts % (T::kWeightStages + 1)].item.count = 0;  // that was all
+    barrier_arrive(&shared.weights_full[ring.stage]);
   }
 
   // Rows past the tile's own come along: their columns of the product are not stored.
-  __device__ __forceinline__ void load_tokens(const CUtensorMap* map) const {
+  __device__ __forceinline__ void load_tokens(const CUtensorMap* map, const Share& all, Ring& ring) const {
     uint64_t* const full = T::kNarrow ? shared.weights_full : shared.tokens_full;
     uint64_t* const free = T::kNarrow ? shared.weights_free : shared.tokens_free;
-    int stage = 0;
-    uint32_t parity = 1;
-    const Share all = share();
+    int there = -1;  // tile of tokens
     Part own;
     for (int n = 0; part(all, n, own); ++n) {
       const Item it = item(own.index);
+      if (second() && it.tokens != there) await_tokens(there = it.tokens);
       const int end = (own.end + T::kRound - 1) / T::kRound * T::kRound;
       for (int step = own.begin; step < end; step += T::kSlabs) {
-        barrier_sleep(&free[stage], parity);
-        barrier_expect(&full[stage], T::kSlabs * T::kSlabBytes);
+        barrier_sleep(&free[ring.stage], ring.parity);
+        barrier_expect(&full[ring.stage], T::kSlabs * T::kSlabBytes);
 #pragma unroll
         for (int slab = 0; slab < T::kSlabs; ++slab)
-          copy_tokens(stage, slab, map, (step + slab) * 64, it.first_row, &full[stage]);
-        if (++stage == T::kTokenStages) stage = 0, parity ^= 1;
+          copy_tokens(ring.stage, slab, map, (step + slab) * 64, it.first_row, &full[ring.stage]);
+        if (++ring.stage == T::kTokenStages) ring.stage = 0, ring.parity ^= 1;
       }
     }
-    if constexpr (T::kNarrow) {  // that was all
-      barrier_sleep(&free[stage], parity);
-      barrier_arrive(&full[stage]);
-    }
+  }
+  __device__ __forceinline__ void end_tokens(const Ring& ring) const {
+    if constexpr (!T::kNarrow) return;
+    barrier_sleep(&shared.weights_free[ring.stage], ring.parity);
+    barrier_arrive(&shared.weights_full[ring.stage]);
+  }
+
+  // Until the product before has finished a tile of tokens, in all its rows of weights.
+  __device__ __forceinline__ void await_tokens(int tile) const {
+    while (count_read(problem.finished + tile) < problem.awaits) __nanosleep(64);
+    generic_then_copies();
   }
 
   // A CTA of a team brings its share of the tokens, to all.
@@ -243,6 +158,13 @@ struct Kernel {
     int weights = 0, tokens = 0;  // stages
     uint32_t weights_parity = 0, tokens_parity = 0;
   };
+
+  // What comes n-th; null: no more.
+  __device__ __forceinline__ const Work* next_work(const Pipe& pipe, int n) const {
+    barrier_wait(&shared.weights_full[pipe.weights], pipe.weights_parity);
+    const Work* work = &shared.work[n % (T::kWeightStages + 1)];
+    return work->item.count == 0 ? nullptr : work;
+  }
 
   using Operands = decltype(cute::make_tensor<bf>(
       cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<4 * T::kGroup>>{}));
@@ -333,7 +255,6 @@ struct Kernel {
 
   template <int N>
   __device__ __forceinline__ void compute(Pipe& pipe, const Work& work) const;
-  __device__ __forceinline__ void consume() const;
 };
 
 }  // namespace nvfp4::sm90

@@ -1,5 +1,6 @@
 // A grouped product as its kernel reads it.
 #pragma once
+#include <cuda.h>
 #include <cutlass/fast_math.h>
 
 #include <cstdint>
@@ -22,6 +23,18 @@ struct Problem {
   uint64_t* flags;    // [CTAs][warpgroups]: `launch` where they are there, else anything
   uint64_t launch;    // a number no other launch has
   cutlass::FastDivmod by_teams, by_stages;  // teams in the grid, stages of K
+  // Of two products in one launch (pair.cuh):
+  uint32_t* finished;  // [token tiles]: tiles of weight rows the first product has finished, of these tokens
+  int awaits;          // how many the second one waits for; 0: this is the first, or the only one
+};
+
+struct Product {  // with what the copy engine knows of its operands
+  Problem problem;
+  CUtensorMap weights, tokens;
+};
+
+struct Pair {  // the second one's tokens are what the first one puts out
+  Product product[2];
 };
 
 }  // namespace nvfp4::sm90

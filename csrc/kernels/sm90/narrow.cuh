@@ -15,34 +15,23 @@ struct Narrow {
   using Accumulator = typename Kernel::template Accumulator<T::kTokens>;
   static_assert(T::kTokens == 8 && T::kUnits == 1 && T::kSlabs == kStageSteps);
 
-  const Kernel& kernel;
+  const Kernel kernel;
   const GemmParams& p;
+  typename Kernel::Pipe& pipe;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int place = place_of(group, warp, 0);  // of the warp's eight rows, in a half of the tile
   const bool plain = !p.a_scale && !p.bias;
-  typename Kernel::Pipe pipe{};
   Item item;
   Factors factors[2][1];  // of the thread's low and high row
   float a_scale[2];       // of its tokens, 2 c and 2 c + 1
 
-  __device__ __forceinline__ explicit Narrow(const Kernel& kernel) : kernel(kernel), p(kernel.p) {}
+  __device__ __forceinline__ Narrow(const Kernel& kernel, typename Kernel::Pipe& pipe)
+      : kernel(kernel), p(kernel.p), pipe(pipe) {}
 
-  __device__ __forceinline__ void consume() {
-    for (int n = 0;; n = n == T::kWeightStages ? 0 : n + 1) {
-      wait();
-      const Work& work = kernel.shared.work[n];
-      item = work.item;
-      if (item.count == 0) return;
-      compute(work.part);
-    }
-  }
-
-  __device__ __forceinline__ void wait() const {
-    barrier_wait(&kernel.shared.weights_full[pipe.weights], pipe.weights_parity);
-  }
-
-  __device__ __forceinline__ void compute(const Part own) {
-    const Carried<T> carried{kernel.problem, group, kernel.team()};
+  __device__ __forceinline__ void compute(const Work& work, int n) {
+    item = work.item;
+    const Part own = work.part;
+    const Carried<Kernel> carried(kernel, own, group);
     const bool ends = own.end == kernel.problem.steps;
     Accumulator acc[1];
     uint32_t worst[1] = {};
@@ -50,12 +39,11 @@ struct Narrow {
     if (ends) bring_factors();
     if (own.begin > 0) carried.take_over(acc, worst);
     multiply(own, acc[0], worst[0]);
-    if (!ends) return carried.leave(acc, worst);
-    settle(factors, acc, worst);
-    if (plain)
-      finish<true>(acc[0]);
+    if (ends)
+      finish(acc, worst);
     else
-      finish<false>(acc[0]);
+      carried.leave(acc, worst);
+    if (!ends || kernel.first()) left(kernel, n);
   }
 
   // Wanted at the end, asked for before the first product.
@@ -64,15 +52,14 @@ struct Narrow {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int n = min(kernel.half_row(item, half) + place + row_of(lane / 4), N - 1);
-      const int column = alphas == 1 ? 0 : alphas == 2 ? 2 * n >= N : n;
-      factors[half][0].alpha = p.alpha[item.expert * alphas + column];
+      factors[half][0].alpha = p.alpha[item.expert * alphas + alpha_of(n, alphas, N)];
       if (!plain) factors[half][0].bias = p.bias ? p.bias[item.expert * N + n] : 0.0f;
     }
     if (plain) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = min(item.first_row + lane % 4 * 2 + i, static_cast<int>(p.R) - 1);
-      a_scale[i] = p.a_scale ? p.a_scale[p.a_scale_per_row ? kernel.source_row(row) : 0] : 1.0f;
+      a_scale[i] = p.a_scale ? kernel.scale_of(row) : 1.0f;
     }
   }
 
@@ -86,7 +73,7 @@ struct Narrow {
     uint32_t piece = token * 128 + (lane / 8 ^ token) * 16;  // of a slab, swizzled
     keep(piece);
     for (int step = own.begin; step < own.end; step += kStageSteps) {
-      wait();
+      barrier_wait(&shared.weights_full[pipe.weights], pipe.weights_parity);
       const Base base = Weights::base(at, shared_address(&shared.weights[pipe.weights]));
       const uint32_t tokens = shared_address(shared.tokens[pipe.weights]) + piece;
       typename Weights::Raw raw = Weights::load(at, base, 0, 0);
@@ -103,6 +90,14 @@ struct Narrow {
       }
       kernel.release_weights(pipe);
     }
+  }
+
+  __device__ __forceinline__ void finish(Accumulator (&acc)[1], const uint32_t (&worst)[1]) {
+    settle(factors, acc, worst);
+    if (plain)
+      finish<true>(acc[0]);
+    else
+      finish<false>(acc[0]);
   }
 
   template <bool plain>

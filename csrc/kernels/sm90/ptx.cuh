@@ -191,6 +191,36 @@ __device__ __forceinline__ uint64_t flag_read(const uint64_t* flag) {
   return value;
 }
 
+__device__ __forceinline__ void count_raise(uint32_t* count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+__device__ __forceinline__ int count_read(const uint32_t* count) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
+  return value;
+}
+// What other CTAs wrote, and this thread has seen announced, may be read by copies of the copy engine.
+__device__ __forceinline__ void generic_then_copies() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// A word of shared memory from one warp to another, without a barrier. (Atomic, or racecheck would not see
+// that they mean each other.)
+__device__ __forceinline__ void tell(int* word, int value) {
+  asm volatile(
+      "{.reg .b32 was; atom.exch.release.cta.shared::cta.b32 was, [%0], %1;}" ::"r"(shared_address(word)),
+      "r"(value)
+      : "memory");
+}
+__device__ __forceinline__ int hear(int* word) {
+  int value;
+  asm volatile("atom.or.acquire.cta.shared::cta.b32 %0, [%1], 0;"
+               : "=r"(value)
+               : "r"(shared_address(word))
+               : "memory");
+  return value;
+}
+
 // All threads of a cluster that have not ended.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
@@ -198,10 +228,6 @@ __device__ __forceinline__ void cluster_sync() {
 
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-// For those who wait there; the thread itself goes on.
-__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 }  // namespace nvfp4::sm90

@@ -1,0 +1,128 @@
+"""pytest's GPU tests under compute-sanitizer, in processes side by side, each a share of a file's tests.
+
+python tests/sanitize_tests.py [--tools memcheck ..] [--files test_cuda ..] [--jobs N] [--seconds N]
+
+For a wheel built with NVFP4_SANITIZE=1. A process that still runs after --seconds is cut off, and said to be.
+Left out (LEFT_OUT) are tests that the tool itself breaks: it runs kernels one after the other, captures no
+graph without torch's caching allocator, which is off so that what lies between tensors is seen, and leaves
+the profiler nothing to see.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+KERNELS = ("--kernel-name", "kns=nvfp4")  # torch's own are not looked at
+TOOLS = {
+    "memcheck": KERNELS,
+    "racecheck": KERNELS,
+    "synccheck": KERNELS,
+    "initcheck": (),
+}  # who wrote it, too
+SHARES = {  # processes for a file; the others take one
+    "test_cuda": 4, "test_cuda_drawn": 2, "test_cuda_extremes": 2, "test_mxfp4": 2, "test_moe": 2,
+    "test_sm90": 12, "test_sm90_moe": 6, "test_sm90_packed": 3,
+}  # fmt: skip
+FILES = (*SHARES, "test_ops", "test_quantize", "test_remap_sf", "test_pack", "test_gemm", "test_formats",
+         "test_layers", "test_packed_layers", "test_seed_regressions", "test_cuda_checkpoint")  # fmt: skip
+LEFT_OUT = ("captur", "graph", "replay", "compile", "inductor", "chips", "synchron", "does_not_wait",
+            "small_kernels_wait", "several_streams", "keeps_multiprocessors", "memory", "is_a_kernel_of",
+            "kernels_are_launched")  # fmt: skip
+
+
+@dataclass
+class Verdict:
+    tool: str
+    what: str  # file and share
+    ended: bool
+    passed: int
+    failed: list[str]
+    errors: int | None  # the tool's; None: it did not get to say
+    first: str
+    seconds: float
+
+    @property
+    def clean(self) -> bool:
+        return self.ended and not self.failed and self.errors == 0
+
+    def __str__(self) -> str:
+        end = "" if self.ended else f", cut off after {self.seconds:.0f} s"
+        found = "no summary" if self.errors is None else f"{self.errors} errors"
+        return (
+            f"{self.tool} {self.what}: {self.passed} passed, {len(self.failed)} failed{end}; {found}"
+            + "".join(f"\n    {line}" for line in [*self.failed[:3], self.first][: 4 if self.first else 3])
+        )
+
+
+def run(tool: str, file: str, share: int, seconds: int) -> Verdict:
+    shares = SHARES.get(file, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        command = ["compute-sanitizer", "--tool", tool, *TOOLS[tool], "--log-file", str(log), sys.executable]
+        command += ["-m", "pytest", str(FOLDER / f"{file}.py"), "-m", "gpu", "-v", "-p", "no:cacheprovider"]
+        command += ["-p", "no:xdist", "--import-mode=append", "-k", f"not ({' or '.join(LEFT_OUT)})"]
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        environment["NVFP4_SHARE"] = f"{share}/{shares}"
+        start = time.perf_counter()
+        with open(Path(folder) / "out", "w+") as out:
+            process = subprocess.Popen(
+                command, env={**os.environ, **environment}, stdout=out, stderr=out, cwd=FOLDER.parent
+            )
+            try:
+                ended = process.wait(seconds) in (0, 1, 5)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # compute-sanitizer ends its child
+                process.wait(30)
+                ended = False
+            out.seek(0)
+            lines = out.read().splitlines()
+        said = log.read_text().splitlines() if log.exists() else []
+    passed = sum(" PASSED" in line for line in lines)
+    failed = [line for line in lines if re.search(r"::.* (FAILED|ERROR)", line)]
+    counts = [int(n) for line in said for n in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", line)]
+    errors = [line for line in said if line.startswith("=========") and "SUMMARY" not in line]
+    first = next((line for line in errors if "COMPUTE-SANITIZER" not in line), "") if any(counts) else ""
+    what = f"{file} {share + 1}/{shares}"
+    summary = sum(counts) if counts else None
+    return Verdict(tool, what, ended, passed, failed, summary, first, time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--files", nargs="+", choices=FILES, default=list(FILES))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=int, default=3600, help="for a process")
+    args = parser.parse_args()
+    work = [
+        (tool, file, share, args.seconds)
+        for tool in args.tools
+        for file in args.files
+        for share in range(SHARES.get(file, 1))
+    ]
+    verdicts = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for verdict in pool.map(lambda w: run(*w), work):
+            verdicts.append(verdict)
+            print(verdict, flush=True)
+    for tool in args.tools:
+        mine = [v for v in verdicts if v.tool == tool]
+        print(
+            f"{tool}: {sum(v.passed for v in mine)} tests passed, {sum(len(v.failed) for v in mine)} failed, "
+            f"{sum(v.errors or 0 for v in mine)} errors, {sum(not v.ended for v in mine)} processes cut off"
+        )
+    sys.exit(not all(v.clean for v in verdicts))
+
+
+if __name__ == "__main__":
+    main()
