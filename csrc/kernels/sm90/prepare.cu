@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       for (int i = threadIdx.x; i < counts.number; i += 32 * kWarps) counts.first[i] = 0;
       __threadfence();
     }
-    lead();  // the product reads ids and weights without waiting; permute's kernel has, before this one came
-             // up
+    lead();  // the product reads choices and weights without waiting: they were there before permute began
   }
   follow();
   if (!p.ids) lead();  // not before: the product reads offsets and weights without waiting for this kernel
