@@ -16,10 +16,13 @@ TILES = [
     for size in ((2, 264, 96), (96, 1536, 32), (24, 1536, 544))
     if rows == 1 or size[0] != 96
 ]
+# T, k, E, H, I: 128x8 alone, wider tiles, and 256x8 whose CTAs share tiles of both products.
+LAYERS = [(T, 3, 4, 128, 128) for T in (1, 20, 90)] + [(20, 4, 24, 1600, 1536)]
 
 
 def main() -> None:
     torch.manual_seed(0)
+    hopper = torch.cuda.get_device_capability() == (9, 0)
     for name in NAMES:
         getattr(torch.ops.nvfp4, name)(*sample_calls("cuda")[name])
     for R, N, K, E in ((1, 1, 16, 1), (9, 130, 1040, 4), (3, 24, 64, 40), (0, 8, 32, 2)):
@@ -30,25 +33,26 @@ def main() -> None:
     for rows, E, N, K in TILES:
         w, a = random_weights(E, N, K, 2), lively(rows * E, K, dtype=torch.bfloat16).cuda()
         layouts = [(w.b.cuda(), w.b_sf.cuda())]
-        if N % 64 == 0 and torch.cuda.get_device_capability() == (9, 0):
+        if N % 64 == 0 and hopper:
             layouts.append((ops.pack_sm90(*layouts[0]), layouts[0][1][:0].flatten()))
         for offsets in (ragged_offsets(rows * E, E), torch.randint(-9, 99, (E + 1,), dtype=torch.int32)):
             for b, b_sf in layouts:
                 ops.grouped_gemm(
                     a, None, None, b, b_sf, w.alpha.cuda(), offsets.cuda(), torch.randn(E, N, device="cuda")
                 )
-    for T in (1, 20, 90):  # and the activation fused into them
-        w13, w2, ids = random_weights(4, 256, 96, 2), random_weights(4, 96, 128), torch.randint(-1, 5, (T, 3))
-        operands = (
-            lively(T, 96, dtype=torch.bfloat16),
-            ids.int(),
-            torch.rand(T, 3),
-            w13.b,
-            w13.b_sf,
-            w13.alpha,
+    for T, k, E, H, I in LAYERS:  # and the activation fused into them
+        w13, w2, ids = (
+            random_weights(E, 2 * I, H, 2),
+            random_weights(E, H, I),
+            torch.randint(-1, E + 1, (T, k)),
         )
-        for compute in ops.COMPUTES:
-            ops.moe(*(t.cuda() for t in (*operands, w2.b, w2.b_sf, w2.alpha)), 0, compute)
+        tokens = (lively(T, H, dtype=torch.bfloat16).cuda(), ids.int().cuda(), torch.rand(T, k).cuda())
+        layouts = [[(w.b.cuda(), w.b_sf.cuda(), w.alpha.cuda()) for w in (w13, w2)]]
+        if hopper:
+            layouts.append([(ops.pack_sm90(b, sf), sf[:0].flatten(), alpha) for b, sf, alpha in layouts[0]])
+        for first, second in layouts:
+            for compute in ops.COMPUTES:
+                ops.moe(*tokens, *first, *second, 0, compute)
     for T, E, k in ((1, 8, 2), (70, 256, 8), (3000, 384, 6)):
         weights, ids = ops.route(torch.randn(T, E, device="cuda"), None, k)
         rows, offsets, slots = ops.permute(ids, E // 2, E // 4)

@@ -64,7 +64,7 @@ MUTANTS = [
     Mutant(
         "one share for all", "pair.cuh", "atomicAdd(taken, 1)", "atomicAdd(taken, 0) + blockIdx.x", "pair_8"
     ),
-    Mutant("only own shares", "pair.cuh", "last + each : take()", "last + each : last + each", "pair_8"),
+    Mutant("one share a CTA", "pair.cuh", "last < each ? take()", "last < 0 ? take()", "pair_8"),
     Mutant(
         "choices from the second on",
         "work.cuh",

@@ -120,7 +120,8 @@ struct GemmParams {
   bool b_packed;                      // b is in Hopper's own order
   bool a_in_k_order, out_in_k_order;  // columns in the chip's own order, from one product to the next
   bool leave_tail;                    // rows of no expert may hold anything
-  bool quantize_a;       // `a` is to be quantized row by row before, as quantize_rows does; a_scale is null
+  bool quantize_a;  // `a` is to be quantized row by row before, as quantize_rows does: a_scale is null, and
+                    // `rows` come with `slots` or not at all
   const int32_t* ids;    // [R], what permute counted `offsets` from, for experts first_expert .. + E - 1: the
   int64_t first_expert;  // first of two products in one launch does so itself; null: there is no other
 };

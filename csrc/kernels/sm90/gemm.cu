@@ -177,6 +177,7 @@ void grouped_gemm(const GemmParams& params, void* scratch, cudaStream_t stream) 
 // ---- both products of a layer ----------------------------------------------------------------------
 
 // Narrow ones, where permute needs no memory of its own that this launch might be given.
+static_assert(cuda::kPermuteAlone < 1 << 15, "Plan counts rows in half a word");
 bool takes_pair(const GemmParams& first, const GemmParams& second) {
   const Choice& tile = choose(first.R, first.N, first.E);
   return tile.launch_pair && &tile == &choose(second.R, second.N, second.E) && takes(first) &&

@@ -84,10 +84,6 @@ struct Kernel : Plan<T, kOfPair> {
       }
     }
   }
-  __device__ __forceinline__ bool all_free(const Ring& ring) const {  // what was brought so far is used up
-    const int last = ring.stage == 0 ? T::kWeightStages - 1 : ring.stage - 1;
-    return barrier_done(&shared.weights_free[last], ring.parity ^ (ring.stage != 0));
-  }
   __device__ __forceinline__ void end_weights(const Ring& ring) const {
     barrier_sleep(&shared.weights_free[ring.stage], ring.parity);
     shared.work[ring.parts % (T::kWeightStages + 1)].item.count = 0;  // that was all

@@ -41,8 +41,8 @@ __device__ void zero_tail(const Kernel& kernel) {
     out[i] = {};
 }
 
-// Every line of a kernel's parameters, by a warp each: where they are first wanted they would be waited for
-// one after the other.
+// A kernel's parameters, a line by each of its warps, as far as they go: where lines are first wanted they
+// would be waited for one after the other.
 template <class Params>
 __device__ __forceinline__ void touch(const Params& params) {
   constexpr int kLine = 64 / sizeof(uint32_t), kLines = sizeof(Params) / 64;

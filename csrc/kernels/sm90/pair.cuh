@@ -19,14 +19,10 @@ struct Shares {  // as a thread that brings or announces sees them
   __device__ __forceinline__ int take() const { return static_cast<int>(atomicAdd(taken, 1)); }
   __device__ __forceinline__ bool has(int share) const { return share < 2 * each; }
 
-  // For the thread that takes them: another one, of which the others hear. Weights run ahead of the products,
-  // so a share of the second product is followed by another only when this CTA has nothing else to do and
-  // still there is one that nobody has taken: CTAs that have not come up by then get none.
-  template <class Idle>
-  __device__ __forceinline__ int next(int last, Idle idle) {
-    bool all_taken = false;
-    while (last >= each && !(all_taken = count_read(taken) >= 2 * each) && !idle()) __nanosleep(64);
-    const int share = all_taken ? last + each : take();
+  // For the thread that takes them: what follows `last`, of which the others hear. A CTA is done after one
+  // share of the second product, and goes on until it has had one: there are as many of these as CTAs.
+  __device__ __forceinline__ int next(int last) {
+    const int share = last < each ? take() : 2 * each;
     barrier_sleep(&box.free, parity);
     parity ^= 1;
     box.share = share;
@@ -74,8 +70,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegisters>();
   Ring ring;
   if (warp == T::kConsumers / 32 && elected()) {
-    const auto idle = [&] { return kernel_of(0).all_free(ring); };
-    for (int share = shared.mailbox.share; shares.has(share); share = shares.next(share, idle)) {
+    for (int share = shared.mailbox.share; shares.has(share); share = shares.next(share)) {
       const int product = share >= each;
       const Kernel kernel = kernel_of(product);
       kernel.load_weights(&pair.product[product].weights, kernel.share(share - product * each), ring);

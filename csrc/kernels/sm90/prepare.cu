@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     if (blockIdx.x == 0) {
       for (int i = threadIdx.x; i < counts.number; i += 32 * kWarps) counts.first[i] = 0;
       __threadfence();
+      __syncthreads();  // a CTA's first lead() counts for all of it
     }
     lead();  // the product reads choices and weights without waiting: they were there before permute began
   }
