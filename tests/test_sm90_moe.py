@@ -122,8 +122,6 @@ def test_few_kernels_are_launched(size, compute):
         ops.moe(*args)
         torch.cuda.synchronize()
     events = sorted((e for e in profile.events() if "nvfp4" in e.name), key=lambda e: e.time_range.start)
-    if not events:
-        pytest.skip("the profiler sees no kernels here")
     want = LAUNCHES[compute]
     if compute == "bf16" and size not in PAIRS:
         want = ["sort_tile", "order_kernel", "grouped_kernel", "grouped_kernel", "combine_kernel"]

@@ -17,7 +17,8 @@ struct Chip {
   int64_t (*workspace)(const GemmParams&);  // bytes
   void (*grouped_gemm)(const GemmParams&, void* workspace, cudaStream_t);
   std::string (*gemm_plan)(int64_t R, int64_t N, int64_t K, int64_t E, bool packed_a);
-  // A layer's two products in one launch, the second one's `a` being the first one's `out`. Null: never.
+  // A layer's two products, both taken as they are, in one launch, the second one's `a` being the first one's
+  // `out`. Null: never.
   bool (*takes_pair)(const GemmParams& first, const GemmParams& second);
   int64_t (*pair_workspace)(const GemmParams& first, const GemmParams& second);
   void (*pair)(const GemmParams& first, const GemmParams& second, void* workspace, cudaStream_t);

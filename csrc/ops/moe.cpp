@@ -235,19 +235,11 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   first.leave_tail = first.activated && !quantized;  // or the tail is read by what follows
   Tensor hidden = empty(x, {R, first.activated ? I : gate_up_width}, kBf16);
   first.out = out<bf16>(hidden);
-  if (first.out_in_k_order) {  // nothing stands between the products
-    GemmParams counting = first;
-    counting.ids = in<int32_t>(choices);
-    counting.first_expert = first_expert;
-    second.a = in<bf16>(hidden);
-    if (const Chip* chip = chip_for_pair(x, counting, second)) {
-      Tensor y = empty(x, {R, H}, kBf16);
-      second.out = out<bf16>(y);
-      launch_pair(*chip, x, counting, second);
-      return combine(y, slots, weights);
-    }
-  }
-  launch_gemm(op, "w13", x, first);
+  GemmParams counting = first;
+  counting.ids = in<int32_t>(choices);
+  counting.first_expert = first_expert;
+  const Chip* both = first.out_in_k_order ? chip_for_pair(x, counting, second) : nullptr;
+  if (!both) launch_gemm(op, "w13", x, first);
   if (!quantized) {
     second.a = in<bf16>(first.activated ? hidden : hidden = swiglu(hidden, act, act_alpha, limit));
   } else if (!first.activated || !let_quantize(x, second, hidden)) {
@@ -258,7 +250,10 @@ Tensor moe(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   }
   Tensor y = empty(x, {R, H}, kBf16);
   second.out = out<bf16>(y);
-  launch_gemm(op, "w2", x, second);
+  if (both)
+    launch_pair(*both, x, counting, second);
+  else
+    launch_gemm(op, "w2", x, second);
   return combine(y, slots, weights);
 }
 

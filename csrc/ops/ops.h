@@ -71,6 +71,7 @@ GemmParams weight_params(const Tensor& b, const Tensor& b_sf, const Tensor& alph
                          int64_t N, int64_t K);
 // `w` names the weights: packed ones are refused where no chip takes them.
 void launch_gemm(const char* op, const char* w, const Tensor& home, const GemmParams& p);
+// For two products in one launch; `second` is one that the chip takes. Null: they are launched one by one.
 const Chip* chip_for_pair(const Tensor& home, const GemmParams& first, const GemmParams& second);
 void launch_pair(const Chip& chip, const Tensor& home, const GemmParams& first, const GemmParams& second);
 // The chip whose kernel runs this product; null: the one that runs on every chip, or the CPU's.

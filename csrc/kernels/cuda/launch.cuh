@@ -36,21 +36,15 @@ void launch(void (*kernel)(bool early, Params...), const Grid& grid, cudaStream_
 }
 
 // What a launched kernel does before it touches memory. Inputs are read by plain loads: the read-only path
-// (__ldg) may serve what was there before the wait.
-__device__ inline void start([[maybe_unused]] bool early) {
+// (__ldg) may serve what was there before the wait. `kFirst`: who comes up early then finds all done that
+// came before this kernel.
+template <bool kFirst = false>
+__device__ void start([[maybe_unused]] bool early) {
 #if __CUDA_ARCH__ >= 900
   if (!early) return;
-  cudaTriggerProgrammaticLaunchCompletion();
+  if (!kFirst) cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
-#endif
-}
-
-// The other way round: who comes up early finds all done that came before this kernel.
-__device__ inline void start_first([[maybe_unused]] bool early) {
-#if __CUDA_ARCH__ >= 900
-  if (!early) return;
-  cudaGridDependencySynchronize();
-  cudaTriggerProgrammaticLaunchCompletion();
+  if (kFirst) cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 

@@ -175,7 +175,7 @@ __device__ void scatter(const PermuteParams& p, int64_t first, int width, Range 
 
 __global__ void __launch_bounds__(kMostThreads, 1)
     sort_tile(bool early, PermuteParams p, Plan plan, const int32_t* tile_counts) {
-  start_first(early);  // the ids, which a product may count as well
+  start<true>(early);  // the ids, which a product may count as well
   extern __shared__ int shared[];
   const int warp = threadIdx.x / 32;
   const Range tile = tile_of(p, plan);

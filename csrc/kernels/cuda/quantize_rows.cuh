@@ -58,10 +58,7 @@ constexpr int kFewestCtas = 0;
 template <int kHeld, class Source, class Sink>
 __global__ void __launch_bounds__(kMostThreads, kFewestCtas<kHeld, Source>)
     quantize_rows_kernel(bool early, Source source, Sink out) {
-  if constexpr (Sink::kFirst)
-    start_first(early);
-  else
-    start(early);
+  start<Sink::kFirst>(early);
   const uint32_t mine = blockIdx.x * blockDim.y + threadIdx.y;
   const uint32_t r = min(mine, static_cast<uint32_t>(out.R) - 1);  // the barrier wants all threads
   const int left = out.S - column(0);

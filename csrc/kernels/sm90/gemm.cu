@@ -180,10 +180,9 @@ void grouped_gemm(const GemmParams& params, void* scratch, cudaStream_t stream) 
 static_assert(cuda::kPermuteAlone < 1 << 15, "Plan counts rows in half a word");
 bool takes_pair(const GemmParams& first, const GemmParams& second) {
   const Choice& tile = choose(first.R, first.N, first.E);
-  return tile.launch_pair && &tile == &choose(second.R, second.N, second.E) && takes(first) &&
-         takes(second) && first.ids && first.activated && first.out_in_k_order && second.a_in_k_order &&
-         first.b_packed == second.b_packed && first.leave_tail && second.leave_tail &&
-         first.R <= cuda::kPermuteAlone;
+  return tile.launch_pair && &tile == &choose(second.R, second.N, second.E) && first.ids && first.activated &&
+         first.out_in_k_order && second.a_in_k_order && first.b_packed == second.b_packed &&
+         first.leave_tail && second.leave_tail && first.R <= cuda::kPermuteAlone;
 }
 
 // Of either product; then how many shares are taken, and of every tile of tokens how far the first product

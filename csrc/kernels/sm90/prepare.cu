@@ -10,6 +10,15 @@ namespace {
 
 constexpr int kWarps = 2, kWarpChunks = 16;  // a lane has half a chunk
 
+// Eight codes, a word of a block: pairs (i, i + 4) times the block's scale * 2^119, which is given twice.
+__device__ uint4 decoded(uint32_t codes, uint32_t scale) {
+  constexpr uint32_t kUnitPair = 0x43004300;  // kDecodedUnit
+  const uint32_t by_8 = codes >> 8;
+  const auto value = [&](uint32_t pair) { return multiply(multiply(pair, scale), kUnitPair); };
+  return {value(pair_of<0>(codes, by_8)), value(pair_of<1>(codes, by_8)), value(pair_of<2>(codes, by_8)),
+          value(pair_of<3>(codes, by_8))};
+}
+
 // Half h of chunk c of a row, four 16-byte pieces: word j of piece i is the pair (k, k + 4), k = 16 j + 8 h +
 // i of the chunk.
 struct Half {
@@ -43,15 +52,10 @@ struct Half {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float s = scales[j] * 0x1p119f;
-      const uint32_t scale = to_bf16x2(s, s), by_8 = codes[j] >> 8;
-      const auto value = [&](uint32_t pair) { return multiply(multiply(pair, scale), kUnitPair); };
-      half.set(j, {value(pair_of<0>(codes[j], by_8)), value(pair_of<1>(codes[j], by_8)),
-                   value(pair_of<2>(codes[j], by_8)), value(pair_of<3>(codes[j], by_8))});
+      half.set(j, decoded(codes[j], to_bf16x2(s, s)));
     }
     return half;
   }
-  static constexpr uint32_t kUnitPair = 0x43004300;  // kDecodedUnit
-
   __device__ void set(int j, const uint4& words) {
     (&piece[0].x)[j] = words.x;
     (&piece[1].x)[j] = words.y;
@@ -148,13 +152,6 @@ struct OrderedRows {
     }
 
     static constexpr int kBlocks = kOrderChunk / kBlock;
-
-    __device__ static uint4 decoded(uint32_t codes, uint32_t scale) {
-      const uint32_t by_8 = codes >> 8;
-      const auto value = [&](uint32_t pair) { return multiply(multiply(pair, scale), Half::kUnitPair); };
-      return {value(pair_of<0>(codes, by_8)), value(pair_of<1>(codes, by_8)), value(pair_of<2>(codes, by_8)),
-              value(pair_of<3>(codes, by_8))};
-    }
 
     // Four lanes with four words each: lane c gets everyone's word c.
     __device__ static uint4 exchanged(const uint4& w, int c) {
