@@ -1,4 +1,4 @@
-"""pytest's GPU tests under compute-sanitizer, in processes side by side, each a share of a file's tests.
+"""pytest's GPU tests under compute-sanitizer, side by side on all GPUs: a process has a share of a file's.
 
 python tests/sanitize_tests.py [--tools memcheck ..] [--files test_cuda ..] [--jobs N] [--seconds N]
 
@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 FOLDER = Path(__file__).parent
 KERNELS = ("--kernel-name", "kns=nvfp4")  # torch's own are not looked at
@@ -29,15 +31,15 @@ TOOLS = {
     "synccheck": KERNELS,
     "initcheck": (),
 }  # who wrote it, too
-SHARES = {  # processes for a file; the others take one
-    "test_cuda": 4, "test_cuda_drawn": 2, "test_cuda_extremes": 2, "test_mxfp4": 2, "test_moe": 2,
-    "test_sm90": 12, "test_sm90_moe": 6, "test_sm90_packed": 3,
+SHARES = {  # processes for a file, the longest first; the others take one
+    "test_sm90": 12, "test_sm90_moe": 6, "test_sm90_packed": 3, "test_cuda": 4, "test_cuda_drawn": 2,
+    "test_cuda_extremes": 2, "test_mxfp4": 2, "test_moe": 2,
 }  # fmt: skip
 FILES = (*SHARES, "test_ops", "test_quantize", "test_remap_sf", "test_pack", "test_gemm", "test_formats",
          "test_layers", "test_packed_layers", "test_seed_regressions", "test_cuda_checkpoint")  # fmt: skip
 PASSED, FAILED, NONE_SELECTED = 0, 1, 5  # what pytest returns; else it did not get to its end
 LEFT_OUT = ("captur", "graph", "replay", "compile", "inductor", "chips", "synchron", "does_not_wait",
-            "small_kernels_wait", "several_streams", "memory", "is_a_kernel_of",
+            "small_kernels_wait", "several_streams", "crowded", "memory", "is_a_kernel_of",
             "kernels_are_launched")  # fmt: skip
 
 
@@ -57,7 +59,7 @@ class Verdict:
         return self.ended and not self.failed and self.errors == 0
 
     def __str__(self) -> str:
-        end = "" if self.ended else f", not ended after {self.seconds:.0f} s"
+        end = f", {'ended' if self.ended else 'not ended'} after {self.seconds:.0f} s"
         found = "no summary" if self.errors is None else f"{self.errors} errors"
         return (
             f"{self.tool} {self.what}: {self.passed} passed, {len(self.failed)} failed{end}; {found}"
@@ -65,7 +67,7 @@ class Verdict:
         )
 
 
-def run(tool: str, file: str, share: int, seconds: int) -> Verdict:
+def run(tool: str, file: str, share: int, gpu: int, seconds: int) -> Verdict:
     shares = SHARES.get(file, 1)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -73,7 +75,7 @@ def run(tool: str, file: str, share: int, seconds: int) -> Verdict:
         command += ["-m", "pytest", str(FOLDER / f"{file}.py"), "-m", "gpu", "-vv", "-p", "no:cacheprovider"]
         command += ["-p", "no:xdist", "--import-mode=append", "-k", f"not ({' or '.join(LEFT_OUT)})"]
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        environment["NVFP4_SHARE"] = f"{share}/{shares}"
+        environment |= {"NVFP4_SHARE": f"{share}/{shares}", "CUDA_VISIBLE_DEVICES": str(gpu)}
         start = time.perf_counter()
         with open(Path(folder) / "out", "w+") as out:
             process = subprocess.Popen(
@@ -113,16 +115,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=3600, help="for a process")
     args = parser.parse_args()
     work = [
-        (tool, file, share, args.seconds)
+        (tool, file, share)
         for tool in args.tools
         for file in args.files
         for share in range(SHARES.get(file, 1))
     ]
-    verdicts = []
+    gpus = max(torch.cuda.device_count(), 1)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for verdict in pool.map(lambda w: run(*w), work):
-            verdicts.append(verdict)
-            print(verdict, flush=True)
+        running = [pool.submit(run, *w, i % gpus, args.seconds) for i, w in enumerate(work)]
+        for done in as_completed(running):
+            print(done.result(), flush=True)
+    verdicts = [done.result() for done in running]
     for tool in args.tools:
         mine = [v for v in verdicts if v.tool == tool]
         print(

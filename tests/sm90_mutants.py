@@ -22,10 +22,12 @@ REACH = {  # by what is compiled: the tests that run it, as pytest's -k
     "gemm_16": "9x4x392 or 9x4x448 or 9x24x1536 or replayed",
     "gemm_128": "112x4x392 or 112x4x448 or 100x24x1536 or replayed",
     "pair_8": "1568",
+    "pair_8s": "uneven",
     "prepare": "9x4x392 or 9x4x448 or captured or 1568",
 }
 SIDE_BY_SIDE = 6
 SECONDS = 60
+TAKES = "last < each ? take()"
 ANNOUNCED = "hear(&kernel.shared.left[lane]) < parts"
 PLACE_OF_TURN = "turned[(4 * lane + i) ^ lane / 2 % 4]"
 
@@ -64,7 +66,15 @@ MUTANTS = [
     Mutant(
         "one share for all", "pair.cuh", "atomicAdd(taken, 1)", "atomicAdd(taken, 0) + blockIdx.x", "pair_8"
     ),
-    Mutant("one share a CTA", "pair.cuh", "last < each ? take()", "last < 0 ? take()", "pair_8"),
+    Mutant("one share a CTA", "pair.cuh", TAKES, "last < 0 ? take()", "pair_8"),
+    Mutant("a share kept for each CTA", "pair.cuh", TAKES, "last < each ? each + blockIdx.x", "pair_8"),
+    Mutant(
+        "a pair's sums dropped",
+        "kernel.cuh",
+        "if (own.begin > 0) carried",
+        "if (own.begin < 0) carried",
+        "pair_8s",
+    ),
     Mutant(
         "choices from the second on",
         "work.cuh",

@@ -153,6 +153,35 @@ def test_layers_on_several_streams_finish_and_are_right(size):
             assert_same_bits(y, w.cpu(), f"replay {replay}")
 
 
+@pytest.mark.parametrize("free", [1, 40])
+@pytest.mark.parametrize("size", [*PAIRS, (54, *SHARED)], ids=str)
+def test_a_layer_ends_on_a_crowded_card(size, free):
+    """Most CTAs come up only when others are done, which therefore must not wait for them."""
+    crowd = pytest.importorskip("crowd", reason="triton is not there", exc_type=ImportError).crowd
+    args = (*layer(*size), 0, "bf16")
+    want, done = ops.moe(*args).cpu(), torch.cuda.Event()
+    with crowd(free) as over:
+        got = ops.moe(*args)
+        done.record()
+        while not (done.query() or over.query()):
+            pass
+        assert not over.query(), f"ended only when all multiprocessors were free, {tiles(*size)}"
+    assert_same_bits(got, want, tiles(*size))
+
+
+@pytest.mark.parametrize("compute", ops.COMPUTES)
+def test_uneven_experts_share_narrow_tiles(compute):
+    """A row more than a tile holds makes two: 128x8, chosen where tiles are few, has sums to hand on."""
+    T, k, E, H, I = 120, 1, 24, 640, 320
+    rows = torch.tensor([9, 1] * (E // 2))
+    ids = torch.arange(E, dtype=torch.int32).repeat_interleave(rows)[torch.randperm(T), None]
+    x, _, *rest = layer(T, k, E, H, I)
+    args = (x, ids.to(DEVICE), *rest)
+    assert tiles(T, k, E, H, I) == "tiles 128x8, 128x8"
+    args += (0, compute, "silu", 1.702, 7.0)
+    assert_same_bits(ops.moe(*args), composed(*args).cpu(), tiles(T, k, E, H, I))
+
+
 @pytest.mark.parametrize("compute", ops.COMPUTES)
 @pytest.mark.parametrize("T", [1, 20, 80, 300])
 def test_ids_that_lie_do_not_fault(T, compute):
