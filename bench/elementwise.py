@@ -149,9 +149,11 @@ def mxfp4_cases(R: int, K: int, E: int = 16):
         yield name, moved, run, lambda n=spread: make(n), peer
 
 
-def measure_bandwidth(R: int, K: int) -> list[dict]:
+def measure_bandwidth(R: int, K: int, wanted: list[str]) -> list[dict]:
     results = []
     for name, moved, run, make, others in bandwidth_cases(R, K):
+        if wanted and name.strip() not in wanted:
+            continue
         inputs = [make() for _ in range(copies_for(moved))]
         beside = peers_of((), inputs, **others)
         # an H200 copies 601,882,624 bytes at 2.7 TB/s and 128 KiB more at 4.2: the faster of two counts
@@ -238,11 +240,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--ops", nargs="+", default=[], help="names in the table's first part; else all")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     replay_microseconds({"copy": copy_of(1 << 30)})  # the card idles at a fraction of its clock
     print(json.dumps(about()))
-    bandwidth = measure_bandwidth(65536, 7168) + measure_bandwidth(32768, 4096)
+    bandwidth = measure_bandwidth(65536, 7168, args.ops) + measure_bandwidth(32768, 4096, args.ops)
     routing = measure_routing()
     show(bandwidth, routing)
     if args.json:

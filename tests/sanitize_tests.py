@@ -4,9 +4,8 @@ python tests/sanitize_tests.py [--tools memcheck ..] [--files test_cuda ..] [--j
 
 For a wheel built with NVFP4_SANITIZE=1. A process that still runs after --seconds is cut off, and said to be,
 as is one that pytest does not see through to its end.
-Left out (LEFT_OUT) are tests that the tool itself breaks: it runs kernels one after the other, captures no
-graph without torch's caching allocator, which is off so that what lies between tensors is seen, and leaves
-the profiler nothing to see.
+Left out (LEFT_OUT) are tests that the tool itself breaks: it runs kernels one after the other, no graph is
+captured without torch's caching allocator, and the profiler has nothing to see.
 """
 
 import argparse
@@ -31,6 +30,7 @@ TOOLS = {
     "synccheck": KERNELS,
     "initcheck": (),
 }  # who wrote it, too
+IN_A_KERNEL = ("racecheck", "synccheck")  # what lies where in memory is nothing to them
 SHARES = {  # processes for a file, the longest first; the others take one
     "test_sm90": 12, "test_sm90_moe": 6, "test_sm90_packed": 3, "test_cuda": 4, "test_cuda_drawn": 2,
     "test_cuda_extremes": 2, "test_mxfp4": 2, "test_moe": 2,
@@ -74,8 +74,12 @@ def run(tool: str, file: str, share: int, gpu: int, seconds: int) -> Verdict:
         command = ["compute-sanitizer", "--tool", tool, *TOOLS[tool], "--log-file", str(log), sys.executable]
         command += ["-m", "pytest", str(FOLDER / f"{file}.py"), "-m", "gpu", "-vv", "-p", "no:cacheprovider"]
         command += ["-p", "no:xdist", "--import-mode=append", "-k", f"not ({' or '.join(LEFT_OUT)})"]
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        environment |= {"NVFP4_SHARE": f"{share}/{shares}", "CUDA_VISIBLE_DEVICES": str(gpu)}
+        environment = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(gpu)}
+        environment["NVFP4_SHARE"] = f"{share}/{shares}"
+        if tool not in IN_A_KERNEL:
+            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = (
+                "1"  # or its blocks hide what lies between tensors
+            )
         start = time.perf_counter()
         with open(Path(folder) / "out", "w+") as out:
             process = subprocess.Popen(
@@ -99,7 +103,7 @@ def run(tool: str, file: str, share: int, gpu: int, seconds: int) -> Verdict:
     failed = [line for line in lines if re.search(r"::.* (FAILED|ERROR)", line)]
     counts = [int(n) for line in said for n in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", line)]
     errors = [line for line in said if line.startswith("=========") and "SUMMARY" not in line]
-    first = next((line for line in errors if "COMPUTE-SANITIZER" not in line), "") if any(counts) else ""
+    first = next((line for line in errors if "COMPUTE-SANITIZER" not in line), "")
     what = f"{file} {share + 1}/{shares}"
     summary = sum(counts) if counts else None
     return Verdict(tool, what, ended, passed, failed, summary, first, time.perf_counter() - start)

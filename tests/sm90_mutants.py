@@ -70,7 +70,7 @@ MUTANTS = [
     Mutant("a share kept for each CTA", "pair.cuh", TAKES, "last < each ? each + blockIdx.x", "pair_8"),
     Mutant(
         "a pair's sums dropped",
-        "kernel.cuh",
+        "narrow.cuh",
         "if (own.begin > 0) carried",
         "if (own.begin < 0) carried",
         "pair_8s",
