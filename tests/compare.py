@@ -38,7 +38,7 @@ def gemm_bound(a: Tensor, w: Tensor, acc: Tensor) -> Tensor:
     instructions that truncate), and no partial sum above sum |a||w|: K * 2^-23 * sum |a||w|. Subnormal terms
     may be flushed: 2^-126 each."""
     K = a.shape[-1]
-    return K * 2.0**-23 * (a.double().abs() @ w.double().abs().T) + K * 2.0**-126
+    return K * 2.0**-23 * (a.double().abs() @ w.double().abs().mT) + K * 2.0**-126
 
 
 def chain_bound(a: Tensor, w: Tensor, order: Tensor) -> Tensor:
@@ -50,32 +50,32 @@ def chain_bound(a: Tensor, w: Tensor, order: Tensor) -> Tensor:
     in all up to K = 400,000: hence 19. The accumulator is that of exact sums, so cancellation tightens the
     bound: for Gaussian data at K = 7168 it is 1/1700 of an output's RMS (gemm_bound: 1/21; a product: 1/130).
     Kernels may sum in units of 2^7, so a flushed subnormal is 2^-119 at most."""
-    K, missing = a.shape[1], -a.shape[1] % len(order)
+    K, missing = a.shape[-1], -a.shape[-1] % len(order)
     a, w = (torch.nn.functional.pad(t.double(), (0, missing)) for t in (a, w))
-    acc = torch.zeros(len(a), len(w), dtype=torch.float64, device=a.device)
+    acc = torch.zeros(*a.shape[:-1], w.shape[-2], dtype=torch.float64, device=a.device)
     cuts = torch.zeros_like(acc)
-    for chunk in torch.arange(a.shape[1], device=a.device).split(len(order)):
+    for chunk in torch.arange(a.shape[-1], device=a.device).split(len(order)):
         for k in chunk[order.to(a.device)].split(16):
-            x, y = a[:, k], w[:, k]
-            cuts += acc.abs() + x.abs() @ y.abs().T
-            acc += x @ y.T
+            x, y = a[..., k], w[..., k].mT
+            cuts += acc.abs() + x.abs() @ y.abs()
+            acc += x @ y
     return 19 * 2.0**-23 * cuts + K * 2.0**-119
 
 
 def assert_gemm(
     got: Tensor, a: Tensor, w: Tensor, alpha, a_scale=None, bias=None, what: str = "", order=None
 ) -> None:
-    """got bf16 [R, N] is bf16((acc * alpha) * a_scale + bias) for some acc within gemm_bound of a w^T, or,
-    where the chip sums in a known `order`, within chain_bound.
+    """got bf16 [.., R, N] is bf16((acc * alpha) * a_scale + bias), a_scale [.., R], for some acc within
+    gemm_bound of a w^T, or, where the chip sums in a known `order`, within chain_bound.
 
     Rounding is monotone, so got lies between the epilogue of the two ends; the epilogue's own float32
     roundings are the contract's, so the ends are computed with them. A NaN must be where float64 has one."""
-    acc = a.double() @ w.double().T
+    acc = a.double() @ w.double().mT
     bound = gemm_bound(a, w, acc) if order is None else chain_bound(a, w, order)
     ends = []
     for end in (acc - bound, acc + bound):
         out = end.float() * alpha
-        out = out if a_scale is None else out * a_scale[:, None]
+        out = out if a_scale is None else out * a_scale[..., None]
         out = out if bias is None else out + bias
         ends.append(out.bfloat16().float())
     got = got.to(acc.device).float()
@@ -85,8 +85,8 @@ def assert_gemm(
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
-            f"{what}: {int(wrong.sum())} of {wrong.numel()} outside the bound, in {int(wrong.any(1).sum())} "
-            f"rows and {int(wrong.any(0).sum())} columns, first at {list(at)}: "
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} outside the bound, in {int(wrong.any(-1).sum())} "
+            f"rows and {int(wrong.flatten(0, -2).any(0).sum())} columns, first at {list(at)}: "
             f"got {got[at]:.9g}, want {low[at]:.9g} .. {high[at]:.9g}"
         )
 

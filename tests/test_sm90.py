@@ -87,19 +87,30 @@ def gemm(a, w, counts, bias=None):
     return ops.grouped_gemm(*operands, w.b, ops.remap_sf(w.sf), w.alpha, offsets_of(counts), bias)
 
 
-def dequantized(w, e, dtype=torch.float32):
-    return ops.dequantize(w.b[e], w.sf[e], torch.ones((), device=DEVICE), dtype)
+def dequantized(w, experts=slice(None), dtype=torch.float32):
+    b, sf = w.b[experts], w.sf.view(torch.uint8)[experts].view(w.sf.dtype)
+    one = torch.ones((), device=DEVICE)
+    return ops.dequantize(b.flatten(0, -2), sf.flatten(0, -2), one, dtype).view(*b.shape[:-1], -1)
 
 
 def check(got, a, w, counts, a_scale=None, bias=None):
-    alpha, begin = reference.gemm.spread_alpha(w.alpha, w.b.shape[1]), 0
-    for e, count in enumerate(counts):
-        rows = slice(begin, begin + count)
-        s, b = (None if a_scale is None else a_scale.expand(len(a))[rows]), None if bias is None else bias[e]
-        what = f"expert {e} of {len(counts)}, {count} rows from {begin}"
-        assert_gemm(got[rows], a[rows], dequantized(w, e), alpha[e], s, b, what, K_ORDER)
-        begin += count
-    assert not got[begin:].view(torch.int16).any(), f"rows of no expert, {begin} and on, are +0"
+    """Experts with as many rows as each other together."""
+    alpha, begins = reference.gemm.spread_alpha(w.alpha, w.b.shape[1]), [0, *accumulate(counts)]
+    s = None if a_scale is None else a_scale.expand(len(a))
+    for count in sorted({*counts} - {0}):
+        experts = [e for e, rows in enumerate(counts) if rows == count]
+        rows = torch.tensor([begins[e] for e in experts])[:, None] + torch.arange(count)
+        assert_gemm(
+            got[rows],
+            a[rows],
+            dequantized(w, experts),
+            alpha[experts, None],
+            None if s is None else s[rows],
+            None if bias is None else bias[experts, None],
+            f"experts {experts} of {len(counts)}, {count} rows each",
+            K_ORDER,
+        )
+    assert not got[begins[-1] :].view(torch.int16).any(), f"rows of no expert, {begins[-1]} and on, are +0"
 
 
 def test_the_cases_reach_every_tile_of_the_table():
@@ -167,7 +178,7 @@ class TestEveryTile:
             hot = torch.arange(first, first + rows, device=DEVICE) % K
             y = gemm(eye[hot].repeat(E, 1), w, [rows] * E).view(E, rows, N)
             got[:, :, hot] = y.transpose(1, 2)
-        want = torch.stack([dequantized(w, e, torch.bfloat16) for e in range(E)])
+        want = dequantized(w, dtype=torch.bfloat16)
         wrong = got != want
         assert not wrong.any(), (
             f"{int(wrong.sum())} of {wrong.numel()} [e, n, k], first {wrong.nonzero()[0].tolist()}: got "
