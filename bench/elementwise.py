@@ -150,10 +150,10 @@ def mxfp4_cases(R: int, K: int, E: int = 16):
 
 
 def measure_bandwidth(R: int, K: int, wanted: list[str]) -> list[dict]:
-    results = []
-    for name, moved, run, make, others in bandwidth_cases(R, K):
-        if wanted and name.strip() not in wanted:
-            continue
+    results, cases = [], [case for case in bandwidth_cases(R, K) if not wanted or case[0].strip() in wanted]
+    if len(cases) < len(wanted):
+        raise ValueError(f"--ops: of {wanted} there are {[case[0].strip() for case in cases]}")
+    for name, moved, run, make, others in cases:
         inputs = [make() for _ in range(copies_for(moved))]
         beside = peers_of((), inputs, **others)
         # an H200 copies 601,882,624 bytes at 2.7 TB/s and 128 KiB more at 4.2: the faster of two counts

@@ -1,4 +1,4 @@
-"""Comparisons; the only tolerances of the test suite are here, each with its derivation."""
+"""Comparisons, with the tolerances of GEMMs and layers, each with its derivation."""
 
 import torch
 from torch import Tensor

@@ -133,10 +133,12 @@ def test_nan_scales_turn_their_own_columns_and_rows_into_nan(device):
     ids=str,
 )
 def test_offsets_that_lie_never_leave_the_buffers(offsets, device):
-    """Rows that nobody computes then may hold anything, so nothing is read; what comes next is right."""
+    """Rows that nobody computes then may hold anything on a GPU, so nothing is read there; what comes next
+    is right."""
     w, a = random_weights(3, 40, 64), lively(8, 64, dtype=torch.bfloat16)
     args = (a, None, None, w.b, w.b_sf, w.alpha, torch.tensor(offsets, dtype=torch.int32))
-    assert ops.grouped_gemm(*(t if t is None else t.to(device) for t in args)).shape == (8, 40)
+    got = ops.grouped_gemm(*(t if t is None else t.to(device) for t in args))
+    assert got.shape == (8, 40) and (device == "cuda" or not got.isnan().any())
     honest = ragged_offsets(8, 3)
     check_groups(run(a, w, honest, device), a, w, honest)
 
