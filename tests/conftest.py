@@ -1,4 +1,6 @@
+import importlib.util
 import os
+import shutil
 
 import pytest
 import torch
@@ -24,6 +26,14 @@ def missing_hopper() -> str | None:
         return why
     plan = torch.ops.nvfp4.gemm_plan(1, 128, 128, 1, "bf16")
     return None if plan.startswith("sm90") else f"no sm_90 device or no libnvfp4_sm90: would run {plan}"
+
+
+def missing_triton() -> str | None:
+    """Why no Triton kernel runs here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "no triton"
+    compilers = (os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))
+    return None if any(compilers) else "no C compiler, with which triton builds what launches a kernel"
 
 
 def devices() -> list:

@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-KERNELS = ("--kernel-name", "kns=nvfp4")  # torch's own are not looked at
-TOOLS = {
+KERNELS = ("--kernel-name", "kns=nvfp4")  # not torch's
+TOOLS = {  # initcheck must see torch's write, too
     "memcheck": KERNELS,
     "racecheck": KERNELS,
     "synccheck": KERNELS,
     "initcheck": (),
-}  # who wrote it, too
+}
 IN_A_KERNEL = ("racecheck", "synccheck")  # what lies where in memory is nothing to them
 REST = "the rest"
 SHARES = {  # processes for a file, the longest first

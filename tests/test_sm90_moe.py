@@ -1,11 +1,9 @@
 """Hopper's fused layer: the bits of its composition, and of a token whatever else is in the batch."""
 
-import os
-import shutil
-
 import pytest
 import torch
 from compare import assert_close_layers, assert_same_bits
+from conftest import missing_triton
 from test_moe import composed
 from test_sm90 import DEVICE, faults_show_in_their_own_test, pytestmark, tile, tokens, weights
 
@@ -156,14 +154,12 @@ def test_layers_on_several_streams_finish_and_are_right(size):
             assert_same_bits(y, w.cpu(), f"replay {replay}")
 
 
+@pytest.mark.skipif(missing_triton() is not None, reason=str(missing_triton()))
 @pytest.mark.parametrize("free", [1, 40])
 @pytest.mark.parametrize("size", [*PAIRS, (54, *SHARED)], ids=str)
 def test_a_layer_ends_on_a_crowded_card(size, free):
     """Most CTAs come up only when others are done, which therefore must not wait for them."""
-    pytest.importorskip("triton")
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        pytest.skip("triton wants a C compiler")
-    from crowd import crowd
+    from crowd import crowd  # which imports triton
 
     args = (*layer(*size), 0, "bf16")
     want, done = ops.moe(*args).cpu(), torch.cuda.Event()
