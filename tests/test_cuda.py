@@ -93,9 +93,9 @@ class TestEveryOperator:
         moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
         got, want = call(name, moved), call(name, args)
         if name in ("grouped_gemm", "linear", "moe"):
-            # Sums in another order may round to the neighbouring BF16, 2^-7 of it at most, and move one of a
-            # layer's many activations to the neighbouring code; twice that, of each output and of the largest.
-            # (The products' own bounds are in compare.py.)
+            # Sums in another order may round to the neighbouring BF16, 2^-7 of it at most, and move one of
+            # a layer's many activations to the neighbouring code; twice that, of each output and of the
+            # largest. (The products' own bounds are in compare.py.)
             assert torch.equal(got.isnan().cpu(), want.isnan())
             torch.testing.assert_close(
                 got.cpu().float(), want.float(), rtol=2**-6, atol=2**-6 * float(want.abs().max())
