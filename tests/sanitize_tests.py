@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent
 KERNELS = ("--kernel-name", "kns=nvfp4")  # not torch's
 TOOLS = {  # initcheck must see torch's write, too
     "memcheck": KERNELS,
-    "racecheck": KERNELS,
+    "racecheck": (*KERNELS, "--racecheck-num-workers", "2"),  # or every process wants all cores
     "synccheck": KERNELS,
     "initcheck": (),
 }
