@@ -14,15 +14,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def in_namespace(name: str, text: str) -> str:
+def in_namespace(name: str, text: str, outer: str = "blackwell") -> str:
     """CUDA as C++ for simt.h, in a namespace of its own with run_{name} to call."""
     text = re.sub(r"#(pragma|include).*", "", text)
     text = text.replace("__shared__", "static").replace("__grid_constant__", "")
     text = re.sub(r"__global__ void __launch_bounds__\([^()]*\)", "static void", text)
     text = re.sub(r"(\w+)<<<(\w+), (\w+), 0, \w+>>>\(", r"launch(\2, \3, \1, ", text)
-    text = text.replace('extern "C" void run(', f'extern "C" void run_{name}(')
-    opened = f"namespace nvfp4::blackwell::{name} {{ using namespace simt; using std::max, std::min;"
-    return text.replace("namespace nvfp4::blackwell {", opened)
+    text = re.sub(r'(extern "C" \w+) run\(', rf"\1 run_{name}(", text)
+    opened = f"namespace nvfp4::{outer}::{name} {{ using namespace simt; using std::max, std::min;"
+    return text.replace(f"namespace nvfp4::{outer} {{", opened)
 
 
 def build(folder: Path, headers: Iterable[str], parts: Iterable[str]) -> ctypes.CDLL:

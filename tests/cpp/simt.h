@@ -33,7 +33,6 @@ inline Index threadIdx, blockIdx, gridDim;
 inline bool backwards = false;
 inline std::vector<Fiber> fibers;
 inline std::vector<Barrier> barriers;  // of the CTA, then of its warps
-inline std::vector<int> lanes;         // what a shuffle hands over
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline bool moved;  // any thread, since it was cleared
@@ -49,7 +48,6 @@ inline void wait(Barrier& barrier, int threads) {
 inline void run_cta(unsigned threads) {
   fibers = std::vector<Fiber>(threads);
   barriers.assign(1 + threads / 32, {});
-  lanes.assign(threads, 0);
   for (Fiber& fiber : fibers) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = Fiber::kStack;
@@ -83,13 +81,25 @@ void launch(unsigned ctas, unsigned threads, Kernel kernel, Args... args) {
 }
 
 inline void __syncthreads() { wait(barriers[0], static_cast<int>(fibers.size())); }
-inline int __shfl_up_sync(unsigned, int value, int by) {
+
+// The values of all lanes of the warp, given to `use`.
+template <class T, class Use>
+auto gather(const T& mine, Use use) {
+  static std::vector<T> all(1024);
   const unsigned t = threadIdx.x;
-  lanes[t] = value;
+  all[t] = mine;
   wait(barriers[1 + t / 32], 32);
-  const int got = t % 32 >= static_cast<unsigned>(by) ? lanes[t - by] : value;
+  const auto got = use(&all[t / 32 * 32]);
   wait(barriers[1 + t / 32], 32);
   return got;
+}
+
+inline int __shfl_up_sync(unsigned, int value, unsigned by) {
+  return gather(value,
+                [&](const int* all) { return threadIdx.x % 32 < by ? value : all[threadIdx.x % 32 - by]; });
+}
+inline int __shfl_sync(unsigned, int value, int lane) {
+  return gather(value, [&](const int* all) { return all[lane]; });
 }
 }  // namespace simt
 

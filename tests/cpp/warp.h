@@ -15,21 +15,6 @@ struct Copy {
 };
 inline std::vector<std::deque<std::vector<Copy>>> copies;  // of a thread: groups, the last one still open
 
-// The values of all lanes of the warp, given to `use`.
-template <class T, class Use>
-auto gather(const T& mine, Use use) {
-  static std::vector<T> all(1024);
-  const unsigned t = threadIdx.x;
-  all[t] = mine;
-  wait(barriers[1 + t / 32], 32);
-  const auto got = use(&all[t / 32 * 32]);
-  wait(barriers[1 + t / 32], 32);
-  return got;
-}
-
-inline int __shfl_sync(unsigned, int value, int lane) {
-  return gather(value, [&](const int* all) { return all[lane]; });
-}
 inline unsigned __ballot_sync(unsigned, bool value) {
   return gather<int>(value, [](const int* all) {
     unsigned bits = 0;

@@ -1,0 +1,174 @@
+"""What each CTA of Hopper's products computes, on the CPU, from csrc/kernels/sm90/work.cuh's own source
+(tests/cpp/sm90_work.cpp): all of it, once. And mistakes in it, all of which must be caught."""
+
+import ctypes
+from collections import defaultdict
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simt import ROOT, build, in_namespace
+
+STAGE = 4  # steps of K
+TEAMS = {8: 1, 48: 1, 128: 2, 256: 1}  # tokens of a tile: CTAs of a team
+# name: what the source says, what the mistake says
+MISTAKES = {
+    "rows that fill no tile left out": ("(rows + T::kTokens - 1) / T::kTokens", "rows / T::kTokens"),
+    "the expert before": ("x * problem.row_tiles <= index", "x * problem.row_tiles < index"),
+    "as many rows in an expert's last tile": ("min(each, rows - begin)", "each"),
+    "row tiles and tiles of tokens swapped": (
+        "tile = local % tiles, row_tile",
+        "row_tile = local % tiles, tile",
+    ),
+    "the last wave's items alone shared": ("run = (teams + left) * stages", "run = left * stages"),
+    "one wave too many": ("--s.waves * teams", "s.waves * teams"),
+    "shares that end a stage early": ("(number + 1) * run)", "(number + 1) * run - 1)"),
+    "a rest from its begin on": ("s.rest * kStageSteps, problem.steps", "0, problem.steps"),
+    "a head as long as its rest": ("s.head * kStageSteps, s.number", "s.rest * kStageSteps, s.number"),
+    "heads of both products alike": ("if (second())", "if (!second())"),
+    "a team's CTAs alike": ("row_tile * team() + rank()", "row_tile * team()"),
+    "sums of a warp's first lanes alone": ("if (lane >= step) x[j] += before;", ""),
+    "128 experts summed": ("sum += __shfl_sync(~0u, x[j], 31);", ""),
+    "offsets believed": ("min(max(begin, 0), static_cast<int>(p.R))", "begin"),
+    "experts counted from the first of all": ("p.ids[i] - p.first_expert", "p.ids[i]"),
+    "few items for nobody": ("s.begin = number, s.end = number + 1;", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    text = (ROOT / "csrc/kernels/sm90/work.cuh").read_text(), (ROOT / "tests/cpp/sm90_work.cpp").read_text()
+
+    def source(name, mistake=None):
+        work = text[0]
+        if mistake:
+            assert work.count(mistake[0]) == 1, f"the source has changed, say it anew: {mistake[0]}"
+            work = work.replace(*mistake)
+        return in_namespace(name, work + text[1], "sm90")
+
+    headers = ["<algorithm>", '"csrc/kernels/sm90/gemm_problem.h"', '"csrc/kernels/sm90/tile.h"']
+    parts = [source("as_it_is"), *(source(f"mistake_{i}", m) for i, m in enumerate(MISTAKES.values()))]
+    return build(tmp_path_factory.mktemp("cpp"), [*headers, '"tests/cpp/simt.h"'], parts)
+
+
+def listed(run, tokens, offsets, row_tiles, steps, ctas, ids=None, awaits=0, R=None, first_expert=0):
+    """Every part of every CTA."""
+    R, E = offsets[-1] if R is None else R, len(offsets) - 1
+    array = lambda x: (ctypes.c_int * max(len(x), 1))(*x)  # noqa: E731
+    out = np.zeros(10 * (R + E + 2 * ctas + 1) * row_tiles * TEAMS[tokens] * 2, np.int32)
+    sizes = array([R, E, row_tiles, TEAMS[tokens], steps, ctas, awaits, first_expert])
+    at = out.ctypes.data_as(ctypes.POINTER(ctypes.c_int))
+    n = run(tokens, ids is not None, array(offsets), array([] if ids is None else ids), sizes, at)
+    names = ["cta", "n", "expert", "row_tile", "first_row", "count", "tokens", "begin", "end", "share"]
+    return [
+        SimpleNamespace(**dict(zip(names, map(int, row), strict=True))) for row in out[:n].reshape(-1, 10)
+    ]
+
+
+def check(parts, tokens, offsets, row_tiles, steps, ctas):
+    """Each stage of each tile once, by one CTA or by two neighbours: the head, which comes first of all, and
+    the rest, which comes last; and all do as much."""
+    team = TEAMS[tokens]
+    tiles = defaultdict(list)
+    for p in parts:
+        assert p.begin % STAGE == 0 and p.begin < p.end and (p.end == steps or p.end % STAGE == 0)
+        assert p.share == p.cta // team and p.row_tile % team == p.cta % team
+        tiles[p.expert, p.row_tile, p.first_row, p.count, p.tokens].append(p)
+    last = {p.cta: p.n for p in parts}
+    for halves in tiles.values():
+        halves.sort(key=lambda p: p.begin)
+        assert halves[0].begin == 0 and halves[-1].end == steps
+        assert all(a.end == b.begin for a, b in pairwise(halves)) and len(halves) <= 2
+        if len(halves) == 2:
+            head, rest = halves
+            assert rest.cta == head.cta + team and head.n == 0 and rest.n == last[rest.cta]
+    for e, (begin, end) in enumerate(pairwise(offsets)):
+        for row_tile in range(row_tiles * team):
+            mine = sorted((first, count) for *of, first, count, _ in tiles if of == [e, row_tile])
+            assert len(mine) == -(-(end - begin) // tokens) and all(0 < count <= tokens for _, count in mine)
+            after = [begin, *(first + count for first, count in mine)]
+            assert after == [*(first for first, _ in mine), end]
+    numbers = [{t[4] for t in tiles if t[1] == row_tile} for row_tile in range(row_tiles * team)]
+    assert all(n == set(range(len(numbers[0]))) for n in numbers)
+    work = [sum(-(-(p.end - p.begin) // STAGE) for p in parts if p.cta == cta) for cta in range(ctas)]
+    assert max(work) - min(work) <= 1 or len(tiles) <= ctas
+
+
+def check_pair(run, offsets, row_tiles, steps, ctas, first_expert=2):
+    """Both products, from the choices in any order; heads of the second one are of the first experts."""
+    E, rows = len(offsets) - 1, np.diff(offsets)
+    ids = np.repeat(np.arange(E), rows) + first_expert
+    ids = np.random.default_rng(0).permutation(np.concatenate([ids, [0, first_expert + E, -1]])).tolist()
+    for awaits in (0, 3):
+        parts = listed(run, 8, offsets, row_tiles, steps, ctas, ids, awaits, len(ids), first_expert)
+        check(parts, 8, offsets, row_tiles, steps, ctas)
+        heads = [p for p in parts if p.end < steps]
+        whole = [p for p in parts if p.begin == 0 and p.end == steps]
+        if heads and awaits and len(whole) > 2 * ctas:
+            assert np.mean([p.expert for p in heads]) < np.mean([p.expert for p in whole])
+        if heads and not awaits and len(whole) > 2 * ctas:
+            assert np.mean([p.expert for p in heads]) > np.mean([p.expert for p in whole])
+
+
+def ragged(E, most, seed=0):
+    rows = np.random.default_rng(seed).integers(0, most, E) * (np.arange(E) % 5 != 3)
+    return [0, *np.cumsum(rows).tolist()]
+
+
+# tokens of a tile, offsets, tiles of weight rows, steps of K, CTAs
+CASES = {
+    "many tiles": (8, ragged(40, 20), 3, 9, 6),
+    "300 experts": (48, ragged(300, 90), 1, 3, 4),
+    "teams": (128, ragged(9, 500), 2, 13, 6),
+    "wide": (256, ragged(7, 900, 1), 1, 24, 5),
+    "CTAs without work": (128, [0, 5, 5, 40], 1, 4, 12),
+    "one CTA": (8, [0, 3], 2, 1, 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_everything_is_computed_once(library, case):
+    check(listed(library.run_as_it_is, *case), *case)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_everything_is_computed_once_whatever_the_sizes(library, data):
+    tokens = data.draw(st.sampled_from(list(TEAMS)))
+    rows = data.draw(st.lists(st.integers(0, 3 * tokens), min_size=1, max_size=12))
+    row_tiles, steps = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 20))
+    ctas = TEAMS[tokens] * data.draw(st.integers(1, 6))
+    case = tokens, [0, *np.cumsum(rows).tolist()], row_tiles, steps, ctas
+    check(listed(library.run_as_it_is, *case), *case)
+
+
+@pytest.mark.parametrize("ctas", [1, 4, 7])
+def test_both_products_of_a_pair(library, ctas):
+    check_pair(library.run_as_it_is, ragged(50, 12), 3, 10, ctas)
+
+
+LIES = [[0, 900, 3, -7, 40], [50, 40, 30, 20]]
+
+
+def check_lies(run, lies=LIES):
+    """Offsets may say anything: no tile leaves the rows that there are."""
+    for offsets in lies:
+        for p in listed(run, 48, offsets, 2, 5, 3, R=40):
+            assert p.first_row >= 0 and p.first_row + p.count <= 40
+
+
+def test_offsets_that_lie(library):
+    check_lies(library.run_as_it_is, [*LIES, [2**31 - 1, -(2**31), 12, 2**31 - 1]])
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_caught(library, mistake):
+    run = getattr(library, f"run_mistake_{list(MISTAKES).index(mistake)}")
+    with pytest.raises(AssertionError):
+        for case in CASES.values():
+            check(listed(run, *case), *case)
+        check_pair(run, ragged(50, 12), 3, 10, 4)
+        check_lies(run)
