@@ -107,9 +107,8 @@ __device__ __forceinline__ uint32_t load_half(uint32_t address) {
   return word;
 }
 
-// Before what a warp does as one. Its lanes are together there; but under memcheck and initcheck they may
-// come back from the checks of a load one by one, and ldmatrix or mma.sync then takes a late lane's old
-// registers.
+// Before what a warp does as one, in the build for sanitizers: without it memcheck and initcheck now and then
+// get sums of 256x8 wrong (docs/kernels.md, Hopper's tests).
 __device__ __forceinline__ void come_together() {
 #ifdef NVFP4_SANITIZE
   __syncwarp();
