@@ -1,11 +1,13 @@
-"""pytest's GPU tests under compute-sanitizer, side by side on all GPUs: a process has a share of a file's.
+"""pytest's GPU tests under compute-sanitizer, side by side on all GPUs: a process has a share of a file's, or
+of several files'.
 
 python tests/sanitize_tests.py [--tools memcheck ..] [--files test_cuda ..] [--jobs N] [--seconds N]
 
 For a wheel built with NVFP4_SANITIZE=1. A process that still runs after --seconds is cut off, and said to be,
 as is one that pytest does not see through to its end or in which no test passes.
-Left out (LEFT_OUT) are tests that the tool itself breaks: it runs kernels one after the other, takes minutes
-with torch's compiler, and leaves the profiler nothing to see; no graph is captured without torch's allocator.
+Left out are tests that a tool itself breaks. LEFT_OUT: it runs kernels one after the other, takes minutes
+with torch's compiler, and leaves the profiler nothing to see. LEFT_OUT_OF: without torch's allocator no graph
+is captured, and racecheck hangs where threads launch kernels side by side.
 """
 
 import argparse
@@ -36,7 +38,7 @@ SHARES = {  # processes for a file, the longest first
     "test_sm90": 6, "test_sm90_moe": 6, "test_sm90_packed": 6, "test_cuda": 4,
     "test_cuda_extremes": 2, "test_mxfp4": 2, "test_moe": 2, REST: 2,
 }  # fmt: skip
-TIMES = {"racecheck": 2}  # as many, where a test takes several times as long
+TIMES = {"racecheck": 2}  # as many processes, where a test takes several times as long
 FILES = {file: [file] for file in SHARES} | {
     REST: ["test_ops", "test_quantize", "test_remap_sf", "test_pack", "test_gemm", "test_formats",
            "test_mxfp4_study", "test_packed_layers", "test_seed_regressions", "test_cuda_checkpoint",
@@ -46,7 +48,7 @@ PASSED, FAILED, CUT_OFF = 0, 1, 124  # what pytest, and what timeout return
 LEFT_OUT = ("compile", "inductor", "chips", "synchron", "does_not_wait", "small_kernels_wait",
             "several_streams", "crowded", "memory", "is_a_kernel_of", "kernels_are_launched")  # fmt: skip
 UNCACHED = ("captur", "graph", "replay")  # and these without torch's allocator
-THREADED = ("writes_the_cpus_files", "commands_run_there")  # racecheck loses track of launches, and hangs
+THREADED = ("writes_the_cpus_files", "commands_run_there")  # the second by analogy: none has got so far
 LEFT_OUT_OF = {
     "racecheck": ("ten_thousand_bad_calls", *THREADED), "memcheck": UNCACHED, "initcheck": UNCACHED
 }  # fmt: skip

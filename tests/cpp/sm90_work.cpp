@@ -15,7 +15,7 @@ void list_parts(const Problem* problem, int2* first, int*& to) {
   for (int n = 0; plan.part(share, n, own); ++n) {
     const Item it = plan.item(own.index);
     for (int x : {static_cast<int>(blockIdx.x), n, it.expert, it.row_tile, it.first_row, it.count, it.tokens,
-                  own.begin, own.end, own.share})
+                  own.begin, own.end, own.share, own.product})
       *to++ = x;
   }
 }
@@ -30,11 +30,14 @@ int list(const int32_t* offsets, const int32_t* ids, const int* sizes, int* part
   problem.row_tiles = sizes[2], problem.team = sizes[3], problem.steps = sizes[4], problem.awaits = sizes[6];
   problem.by_teams = cutlass::FastDivmod(sizes[5] / sizes[3]);
   problem.by_stages = cutlass::FastDivmod((sizes[4] + kStageSteps - 1) / kStageSteps);
-  std::vector<int2> first(sizes[1] + 1);
+  std::vector<int2> first;
   int* to = parts;
   gridDim.x = sizes[5];
   body = [&] { list_parts<T, kOfPair>(&problem, first.data(), to); };
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_cta(T::kThreads);
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+    first.assign(sizes[1] + 1, int2{-1, -1});  // memory that nobody has cleared
+    run_cta(T::kThreads);
+  }
   return static_cast<int>(to - parts);
 }
 
