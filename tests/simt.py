@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+Mistakes = dict[str, tuple[str, str]]  # name: what the source says, what the mistake says
+Source = Callable[[str, tuple[str, str] | None], str]
 
 
 def in_namespace(name: str, text: str, outer: str = "blackwell") -> str:
@@ -25,17 +27,31 @@ def in_namespace(name: str, text: str, outer: str = "blackwell") -> str:
     return text.replace(f"namespace nvfp4::{outer} {{", opened)
 
 
-def build(folder: Path, headers: Iterable[str], parts: Iterable[str]) -> ctypes.CDLL:
-    """`headers` as #include takes them, CUTLASS's and CUDA's among them, then the parts."""
+def with_mistake(text: str, mistake: tuple[str, str] | None) -> str:
+    """What the source says replaced by what the mistake says."""
+    if mistake is None:
+        return text
+    assert mistake[0] in text, f"the source has changed, say it anew: {mistake[0]}"
+    return text.replace(*mistake)
+
+
+def build(folder: Path, headers: Iterable[str], source: Source, mistakes: Mistakes) -> ctypes.CDLL:
+    """`headers` as #include takes them, CUTLASS's and CUDA's among them, then source(name, mistake) as it is
+    and with each mistake."""
+    parts = [source("as_it_is", None), *(source(f"mistake_{i}", m) for i, m in enumerate(mistakes.values()))]
     compiler = os.environ.get("CXX") or shutil.which("c++")
     sys.path.insert(0, str(ROOT))
     setup = pytest.importorskip("setup", reason="not a checkout")
     cuda, cutlass = setup.CUDA_HOME, setup.cutlass_include()
     if not (compiler and cuda and cutlass):
         pytest.skip("no C++ compiler, or no CUDA and CUTLASS headers")
-    source, library = folder / "kernels.cpp", folder / "kernels.so"
-    source.write_text("\n".join([*(f"#include {header}" for header in headers), *parts]))
+    code, library = folder / "kernels.cpp", folder / "kernels.so"
+    code.write_text("\n".join([*(f"#include {header}" for header in headers), *parts]))
     command = [compiler, "-std=c++20", "-O1", "-w", "-fpermissive", "-ffp-contract=off", "-shared", "-fPIC"]
     command += [f"-I{path}" for path in (cutlass, f"{cuda}/include", f"{cuda}/include/cccl", ROOT)]
-    subprocess.run([*command, source, "-o", library], check=True)
+    subprocess.run([*command, code, "-o", library], check=True)
     return ctypes.CDLL(str(library))
+
+
+def run_with(library: ctypes.CDLL, mistakes: Mistakes, name: str):
+    return getattr(library, f"run_mistake_{list(mistakes).index(name)}")

@@ -6,7 +6,7 @@ import ctypes
 import pytest
 import torch
 from cases import epilogue_steps, lively, ragged_offsets, random_weights
-from simt import ROOT, build, in_namespace
+from simt import ROOT, build, in_namespace, run_with, with_mistake
 from test_gemm import check_groups
 
 from nvfp4_moe import formats, reference
@@ -101,18 +101,15 @@ CASES = [
 def source(name: str, mistake: tuple[str, str] | None) -> str:
     """The headers and tests/cpp/blackwell.cpp in a namespace of their own."""
     text = "\n".join((ROOT / "csrc/kernels/blackwell" / header).read_text() for header in HEADERS)
-    if mistake:
-        assert text.count(mistake[0]) >= 1, f"the sources have changed, say it anew: {mistake[0]}"
-        text = text.replace(*mistake)
+    text = with_mistake(text, mistake)
     text += (ROOT / "tests/cpp/blackwell.cpp").read_text()
     return in_namespace(name, text)
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    parts = [source("as_it_is", None), *(source(f"mistake_{i}", m) for i, m in enumerate(MISTAKES.values()))]
     headers = ['"tests/cpp/product.h"', *(f"<{path}>" for path in CUTLASS)]
-    return build(tmp_path_factory.mktemp("cpp"), headers, parts)
+    return build(tmp_path_factory.mktemp("cpp"), headers, source, MISTAKES)
 
 
 def guarded(t):
@@ -178,7 +175,7 @@ def test_offsets_that_lie(library):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_caught(library, mistake):
-    run = getattr(library, f"run_mistake_{list(MISTAKES).index(mistake)}")
+    run = run_with(library, MISTAKES, mistake)
     with pytest.raises(AssertionError):
         for case in CASES:
             check(run, *case, alphas=2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import epilogue_steps, lively, ragged_offsets, random_weights
 from compare import assert_same_bits
-from simt import ROOT, build, in_namespace
+from simt import ROOT, build, in_namespace, run_with, with_mistake
 from test_blackwell_sources import guarded
 from test_gemm import check_groups
 
@@ -54,9 +54,7 @@ MISTAKES = {
 def source(name: str, mistake: tuple[str, str] | None) -> str:
     """The headers and tests/cpp/sm120_product.cpp in a namespace of their own."""
     text = "\n".join((ROOT / "csrc/kernels" / header).read_text() for header in HEADERS)
-    if mistake:
-        assert text.count(mistake[0]) == 1, f"the source has changed, say it anew: {mistake[0]}"
-        text = text.replace(*mistake)
+    text = with_mistake(text, mistake)
     text = text[: text.index("template <int kTokens>\nvoid run_tile")] + "}\n"
     text += (ROOT / "tests/cpp/sm120_product.cpp").read_text()
     if mistake:  # one tile: the compiler's time
@@ -68,8 +66,7 @@ def source(name: str, mistake: tuple[str, str] | None) -> str:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     headers = [f"<{path}>" for path in CUTLASS] + [f'"{path}"' for path in BEFORE]
-    parts = [source("as_it_is", None), *(source(f"mistake_{i}", m) for i, m in enumerate(MISTAKES.values()))]
-    return build(tmp_path_factory.mktemp("cpp"), headers, parts)
+    return build(tmp_path_factory.mktemp("cpp"), headers, source, MISTAKES)
 
 
 def product(run, tile, a, w, offsets, bias=None, R=None, b_sf=None, backwards=False, ctas=3):
@@ -125,7 +122,7 @@ def test_the_padding_of_the_scales_may_hold_anything(library, tile):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_caught(library, mistake):
-    run = getattr(library, f"run_mistake_{list(MISTAKES).index(mistake)}")
+    run = run_with(library, MISTAKES, mistake)
     with pytest.raises(AssertionError):
         for case in CASES:
             check(run, 32, *case)

@@ -10,23 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simt import ROOT, build, in_namespace
+from simt import ROOT, build, in_namespace, run_with, with_mistake
 
 STAGE = 4  # steps of K
 TEAMS = {8: 1, 48: 1, 128: 2, 256: 1}  # tokens of a tile: CTAs of a team
-FIELDS = [
-    "cta",
-    "n",
-    "expert",
-    "row_tile",
-    "first_row",
-    "count",
-    "tokens",
-    "begin",
-    "end",
-    "share",
-    "product",
-]
+FIELDS = ["cta", "n", "expert", "row_tile", "first_row", "count", "tokens", "begin", "end", "share",
+          "product"]  # fmt: skip
 # name: what the source says, what the mistake says
 MISTAKES = {
     "rows that fill no tile left out": ("(rows + T::kTokens - 1) / T::kTokens", "rows / T::kTokens"),
@@ -60,33 +49,29 @@ BARRIERS = {  # left out, and what stands behind
 MISTAKES |= {name: ("__syncthreads();\n    " + after, after) for name, after in BARRIERS.items()}
 
 
+def source(name: str, mistake: tuple[str, str] | None) -> str:
+    """work.cuh and tests/cpp/sm90_work.cpp in a namespace of their own."""
+    work = with_mistake((ROOT / "csrc/kernels/sm90/work.cuh").read_text(), mistake)
+    return in_namespace(name, work + (ROOT / "tests/cpp/sm90_work.cpp").read_text(), "sm90")
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    text = (ROOT / "csrc/kernels/sm90/work.cuh").read_text(), (ROOT / "tests/cpp/sm90_work.cpp").read_text()
-
-    def source(name, mistake=None):
-        work = text[0]
-        if mistake:
-            assert work.count(mistake[0]) == 1, f"the source has changed, say it anew: {mistake[0]}"
-            work = work.replace(*mistake)
-        return in_namespace(name, work + text[1], "sm90")
-
-    headers = ["<algorithm>", '"csrc/kernels/sm90/gemm_problem.h"', '"csrc/kernels/sm90/tile.h"']
-    parts = [source("as_it_is"), *(source(f"mistake_{i}", m) for i, m in enumerate(MISTAKES.values()))]
-    return build(tmp_path_factory.mktemp("cpp"), [*headers, '"tests/cpp/simt.h"'], parts)
+    headers = ("csrc/kernels/sm90/gemm_problem.h", "csrc/kernels/sm90/tile.h", "tests/cpp/simt.h")
+    headers = ["<algorithm>", *(f'"{path}"' for path in headers)]
+    return build(tmp_path_factory.mktemp("cpp"), headers, source, MISTAKES)
 
 
 def listed(run, tokens, offsets, row_tiles, steps, ctas, ids=None, awaits=0, R=None, first_expert=0):
     """Every part of every CTA."""
     R, E = offsets[-1] if R is None else R, len(offsets) - 1
     array = lambda x: (ctypes.c_int * max(len(x), 1))(*x)  # noqa: E731
-    out = np.zeros(11 * (R + E + 2 * ctas + 1) * row_tiles * TEAMS[tokens] * 2, np.int32)
+    out = np.zeros(len(FIELDS) * (R + E + 2 * ctas + 1) * row_tiles * TEAMS[tokens] * 2, np.int32)
     sizes = array([R, E, row_tiles, TEAMS[tokens], steps, ctas, awaits, first_expert])
     at = out.ctypes.data_as(ctypes.POINTER(ctypes.c_int))
     n = run(tokens, ids is not None, array(offsets), array([] if ids is None else ids), sizes, at)
-    return [
-        SimpleNamespace(**dict(zip(FIELDS, map(int, row), strict=True))) for row in out[:n].reshape(-1, 11)
-    ]
+    rows = out[:n].reshape(-1, len(FIELDS)).tolist()
+    return [SimpleNamespace(**dict(zip(FIELDS, row, strict=True))) for row in rows]
 
 
 def check(parts, tokens, offsets, row_tiles, steps, ctas):
@@ -187,7 +172,7 @@ def test_offsets_that_lie(library):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_caught(library, mistake):
-    run = getattr(library, f"run_mistake_{list(MISTAKES).index(mistake)}")
+    run = run_with(library, MISTAKES, mistake)
     with pytest.raises(AssertionError):
         for case in CASES.values():
             check(listed(run, *case), *case)

@@ -125,7 +125,6 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t* to) {
 // One in registers, a pair a lane.
 __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
   uint32_t turned;
-  come_together();
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
   return turned;
 }
@@ -150,7 +149,6 @@ __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;
 
 // Two matrices of 8 x 8 16-bit numbers, transposed: lane i < 16 says where column i % 8 of matrix i / 8 goes.
 __device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&from)[2]) {
-  come_together();
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(from[0]),
                "r"(from[1])
                : "memory");
