@@ -19,13 +19,16 @@ FIELDS = ["cta", "n", "expert", "row_tile", "first_row", "count", "tokens", "beg
 # name: what the source says, what the mistake says
 MISTAKES = {
     "rows that fill no tile left out": ("(rows + T::kTokens - 1) / T::kTokens", "rows / T::kTokens"),
-    "the expert before": ("x * problem.row_tiles <= index", "x * problem.row_tiles < index"),
-    "an expert's last tile as full as the others": ("min(each, rows - begin)", "each"),
+    "the expert before": ("width) * problem.row_tiles <= index", "width) * problem.row_tiles < index"),
+    "an expert's last tile as full as the others": ("min(cut.each, rows - begin)", "cut.each"),
     "row tiles and tiles of tokens swapped": (
         "tile = local % tiles, row_tile",
         "row_tile = local % tiles, tile",
     ),
-    "tiles of tokens counted from the expert": ("first.x + tile}", "tile}"),
+    "tiles of tokens counted from the expert": ("before + tile}", "tile}"),
+    "the first of an expert's tiles for its last": ("tile = cut.tiles - 1;", "tile = 0;"),
+    "all tiles as wide": ("min((T::kTokens - rows) / T::kStep, kNarrowest)", "0"),
+    "narrower tiles counted as the widest": ("index -= items(width)", "index -= items(0)"),
     "nothing but the last wave shared": ("run = (teams + left) * stages", "run = left * stages"),
     "one wave too many": ("--s.waves * teams", "s.waves * teams"),
     "shares that end a stage early": ("(number + 1) * run)", "(number + 1) * run - 1)"),
@@ -74,6 +77,11 @@ def listed(run, tokens, offsets, row_tiles, steps, ctas, ids=None, awaits=0, R=N
     return [SimpleNamespace(**dict(zip(FIELDS, row, strict=True))) for row in rows]
 
 
+def width(tokens, count):
+    """Of the products of a tile of so many rows."""
+    return tokens if tokens < 128 else max(tokens // 2, -(-count // (tokens // 4)) * (tokens // 4))
+
+
 def check(parts, tokens, offsets, row_tiles, steps, ctas):
     """Each stage of each tile once, by one CTA or by two neighbours: the head, which comes first of all, and
     the rest, which comes last; and where there is more than a tile for each, all do as much."""
@@ -98,8 +106,13 @@ def check(parts, tokens, offsets, row_tiles, steps, ctas):
             after = [begin, *(first + count for first, count in mine)]
             assert after == [*(first for first, _ in mine), end]
     assert len(tiles) == row_tiles * team * total
-    for row_tile in range(row_tiles * team):  # tiles of tokens are numbered in order
-        assert [t[4] for t in sorted(tiles) if t[1] == row_tile] == list(range(total))
+    if tokens == 8:  # tiles of tokens are numbered in order, for pairs
+        for row_tile in range(row_tiles * team):
+            assert [t[4] for t in sorted(tiles) if t[1] == row_tile] == list(range(total))
+    costs = [0] * ctas
+    for p in parts:
+        costs[p.cta] += width(tokens, p.count) * (p.end - p.begin) / steps
+    assert max(costs) - min(costs) <= tokens or len(tiles) <= ctas
     work = [sum(-(-(p.end - p.begin) // STAGE) for p in parts if p.cta == cta) for cta in range(ctas)]
     assert max(work) <= (min(work) + 1 if len(tiles) > ctas else -(-steps // STAGE))
 

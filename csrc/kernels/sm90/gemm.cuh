@@ -49,7 +49,7 @@ struct Kernel : Plan<T, kOfPair> {
     Work work[T::kWeightStages + 1];  // in turn: the producer is no more items ahead than it has stages
     int left[T::kConsumers / 32];     // parts whose results a warp has left in memory (carry.cuh)
     Mailbox mailbox;                  // of kernels that compute two products
-    int2 first[1];                    // [E + 1] token tiles and rows before an expert's own
+    int2 first[1];                    // [E + 1] (work.cuh)
   };
   static_assert(sizeof(Shared) + sizeof(int2) * kMostExperts <= 227 << 10);
   static int64_t shared_bytes(int64_t E) { return sizeof(Shared) + sizeof(int2) * E; }
@@ -174,7 +174,8 @@ struct Kernel : Plan<T, kOfPair> {
   }
 
   __device__ __forceinline__ void release_weights(Pipe& pipe) const {
-    __syncwarp();  // the arrival speaks for loads of all lanes
+    if constexpr (T::kNarrow) reads_then_copies();  // wider tiles have decoded all that they loaded
+    __syncwarp();                                   // the arrival speaks for loads of all lanes
     if (threadIdx.x % 32 < kArrivals) barrier_arrive(&shared.weights_free[pipe.weights]);
     if (++pipe.weights == T::kWeightStages) pipe.weights = 0, pipe.weights_parity ^= 1;
   }

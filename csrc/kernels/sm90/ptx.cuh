@@ -107,17 +107,8 @@ __device__ __forceinline__ uint32_t load_half(uint32_t address) {
   return word;
 }
 
-// Before what a warp does as one, in the build for sanitizers: without it memcheck and initcheck now and then
-// get sums of 256x8 wrong (docs/kernels.md, Hopper's tests).
-__device__ __forceinline__ void come_together() {
-#ifdef NVFP4_SANITIZE
-  __syncwarp();
-#endif
-}
-
 // Four matrices of 8 x 8 16-bit numbers: lane i says where row i % 8 of matrix i / 8 is.
 __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t* to) {
-  come_together();
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(address));
@@ -132,7 +123,6 @@ __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
 // 16 rows of weights x 8 tokens, over K 16.
 template <class Sums>
 __device__ __forceinline__ void multiply_16(Sums& sums, const uint32_t* a, const uint32_t* b) {
-  come_together();
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums(0)), "+f"(sums(1)), "+f"(sums(2)), "+f"(sums(3))
@@ -146,6 +136,12 @@ __device__ __forceinline__ void copy_word(void* to, const void* from, bool there
                : "memory");
 }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// What this thread has read of its CTA's shared memory, the copy engine may overwrite once it is told to.
+// (Arriving at a barrier alone overtakes loads that are under way.)
+__device__ __forceinline__ void reads_then_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // Two matrices of 8 x 8 16-bit numbers, transposed: lane i < 16 says where column i % 8 of matrix i / 8 goes.
 __device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&from)[2]) {

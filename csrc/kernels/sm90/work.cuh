@@ -27,6 +27,13 @@ struct Plan {
   const GemmParams& p;
   int2* first_of;  // [E + 1], in shared memory: token tiles and rows before an expert's own
 
+  // Where tiles have several widths, all experts' widest come first, so that every CTA has as many of each,
+  // and first_of[e] counts tiles by width: in x the widest, in halves of y the narrower. (The weights of an
+  // expert that has both come from DRAM twice.)
+  static constexpr bool kWidths = T::kLeast < T::kTokens;
+  static constexpr int kNarrowest = (T::kTokens - T::kLeast) / T::kStep;  // a width is 0, .. kNarrowest
+  static_assert(kNarrowest <= 2);
+
   __device__ __forceinline__ int team() const { return T::kTeam == 1 ? 1 : problem.team; }
   __device__ __forceinline__ int rank() const { return blockIdx.x % team(); }  // of this CTA there
 
@@ -38,8 +45,8 @@ struct Plan {
     return min(max(begin, 0), static_cast<int>(p.R));
   }
 
-  // Token tiles and rows before each expert's own, by all threads: from the offsets or, where these may still
-  // be on their way, from the choices they count.
+  // first_of, by all threads: from the offsets or, where these may still be on their way, from the choices
+  // they count.
   __device__ __forceinline__ void make() const {
     if constexpr (kOfPair)
       make_from_choices();
@@ -51,10 +58,19 @@ struct Plan {
     const int E = static_cast<int>(p.E);
     for (int e = threadIdx.x; e <= E; e += T::kThreads) {
       const int begin = rows_before(e), rows = e ? max(begin - rows_before(e - 1), 0) : 0;
-      first_of[e] = {tiles_of(rows), begin};
+      if constexpr (kWidths) {
+        const Cut cut(rows, tiles_of(rows));
+        const auto tiles = [&](int width) {
+          return rows > 0 ? (cut.tiles - 1) * (cut.width == width) + (cut.last_width == width) : 0;
+        };
+        first_of[e] = {tiles(0), tiles(1) << 16 | tiles(2)};
+      } else {
+        first_of[e] = {tiles_of(rows), begin};
+      }
     }
     __syncthreads();
     sums([](int2 own) { return own.x; }, [](int2 own, int sum) { return int2{sum, own.y}; });
+    if (kWidths) sums([](int2 own) { return own.y; }, [](int2 own, int sum) { return int2{own.x, sum}; });
   }
 
   __device__ __forceinline__ void make_from_choices() const {
@@ -71,6 +87,22 @@ struct Plan {
   }
 
   __device__ __forceinline__ static int tiles_of(int rows) { return (rows + T::kTokens - 1) / T::kTokens; }
+
+  struct Cut {  // of an expert's rows into tiles
+    int tiles, each;
+    int width, last_width;  // steps of kStep less than kTokens; the last tile may have fewer rows
+
+    __device__ __forceinline__ Cut(int rows, int tiles) : tiles(tiles), each(rows) {
+      if (tiles > 1) {  // seldom while decoding, which has no time for divisions
+        const int even = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+        each = even > T::kTokens - T::kStep ? T::kTokens : even;  // even shares where all are narrower
+      }
+      width = narrower(each), last_width = narrower(rows - (tiles - 1) * each);
+    }
+    __device__ __forceinline__ static int narrower(int rows) {
+      return min((T::kTokens - rows) / T::kStep, kNarrowest);
+    }
+  };
 
   // first[e] becomes to(first[e], sum of(..) up to e), by the first warp; `of` first[0] is 0. 128 at once,
   // whose latencies overlap.
@@ -106,24 +138,35 @@ struct Plan {
     }
   }
 
+  __device__ __forceinline__ static int counted(int2 first, int width) {
+    return width == 0 ? first.x : width == 1 ? first.y >> 16 : first.y & 0xffff;
+  }
+  __device__ __forceinline__ int items(int width) const {
+    return counted(first_of[p.E], width) * problem.row_tiles;
+  }
+  __device__ __forceinline__ int items() const { return items(0) + (kWidths ? items(1) + items(2) : 0); }
+
   __device__ __forceinline__ Item item(int index) const {
     const int E = static_cast<int>(p.E);
+    int width = 0;
+    if constexpr (kWidths)
+      for (; width < kNarrowest && index >= items(width); ++width) index -= items(width);
     int low = 0, high = E;  // the last expert that begins at or before this item
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      (first_of[middle].x * problem.row_tiles <= index ? low : high) = middle;
+      (counted(first_of[middle], width) * problem.row_tiles <= index ? low : high) = middle;
     }
     const int2 first = first_of[low], next = first_of[low + 1];
-    const int local = index - first.x * problem.row_tiles, tiles = next.x - first.x;
-    const int rows = next.y - first.y;
-    int row_tile = local, tile = 0, each = rows;
-    if (tiles > 1) {  // seldom while decoding, which has no time for divisions
-      const int even = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
-      each = even > T::kTokens - T::kStep ? T::kTokens : even;  // even shares where all are narrower
-      tile = local % tiles, row_tile = local / tiles;
-    }
-    const int begin = tile * each;
-    return {low, row_tile * team() + rank(), first.y + begin, min(each, rows - begin), first.x + tile};
+    const int before = counted(first, width), tiles = counted(next, width) - before;
+    const int first_row = kWidths ? rows_before(low) : first.y;
+    const int rows = (kWidths ? rows_before(low + 1) : next.y) - first_row;
+    const int local = index - before * problem.row_tiles;
+    const Cut cut(rows, kWidths ? tiles_of(rows) : tiles);
+    int row_tile = local, tile = 0;
+    if (tiles > 1) tile = local % tiles, row_tile = local / tiles;
+    if (kWidths && cut.width != width) tile = cut.tiles - 1;
+    const int begin = tile * cut.each;
+    return {low, row_tile * team() + rank(), first_row + begin, min(cut.each, rows - begin), before + tile};
   }
 
   // What a CTA computes, or a team. Items that do not fill the last wave are shared out in steps of K: what
@@ -138,7 +181,7 @@ struct Plan {
     int rest, head;            // the stages before `rest` of `begin`; and `head` stages of `end`
   };
   __device__ __forceinline__ Share share(int number) const {
-    const int items = first_of[p.E].x * problem.row_tiles, teams = problem.by_teams.divisor;
+    const int items = this->items(), teams = problem.by_teams.divisor;
     const int stages = problem.by_stages.divisor;
     Share s{number, number, teams};
     int left;
