@@ -26,9 +26,9 @@ import torch
 
 FOLDER = Path(__file__).parent
 KERNELS = ("--kernel-name", "kns=nvfp4")  # not torch's
-TOOLS = {  # initcheck must see torch's write, too
-    "memcheck": KERNELS,
+TOOLS = {  # the longest first; initcheck must see torch's write, too
     "racecheck": (*KERNELS, "--racecheck-num-workers", "2"),  # or every process wants all cores
+    "memcheck": KERNELS,
     "synccheck": KERNELS,
     "initcheck": (),
 }

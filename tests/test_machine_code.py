@@ -1,63 +1,22 @@
-"""The machine code of the libraries: for exactly the architectures claimed, nothing in local memory, with the
+"""The machine code of all libraries: for exactly the architectures claimed, nothing in local memory, with the
 instructions that the tile table promises."""
 
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
+from machine_code import dump, kernels, tools
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 CHIPS = pytest.importorskip("setup", reason="not a checkout").CHIPS
 
 LIBRARIES = sorted((ROOT / "nvfp4_moe").glob("libnvfp4*.so"))  # the core, and one for each chip built
-
-
 BLOCKS_OF_16 = {"sm_100a": ".4X", "sm_103a": ".BLOCK16"}  # how nvdisasm calls a scale for 16 values
 
 
-def tools() -> str | None:
-    """A folder with cuobjdump and nvdisasm: on PATH, or of the PyPI packages nvidia-cuda-*."""
-    found = shutil.which("cuobjdump")
-    if found and shutil.which("nvdisasm"):
-        return str(Path(found).parent)
-    nvidia = importlib.util.find_spec("nvidia")
-    for site in nvidia.submodule_search_locations if nvidia else []:
-        for found in Path(site).glob("*/bin/cuobjdump"):
-            if found.with_name("nvdisasm").exists():
-                return str(found.parent)
-    return None
-
-
 pytestmark = pytest.mark.skipif(tools() is None, reason="no cuobjdump and nvdisasm")
-
-
-@cache
-def dump(library: Path, *what: str) -> str:
-    env = {**os.environ, "PATH": f"{tools()}{os.pathsep}{os.environ['PATH']}"}
-    command = [f"{tools()}/cuobjdump", *what, library]
-    return subprocess.run(command, env=env, capture_output=True, text=True).stdout
-
-
-@cache
-def kernels(library: Path) -> dict[tuple[str, str], str]:
-    """(architecture, mangled name) -> SASS."""
-    found, arch, name = {}, "", ""
-    for line in dump(library, "--dump-sass").splitlines():
-        if m := re.search(r"arch = (\w+)", line):
-            arch, name = m[1], ""
-        elif m := re.search(r"Function : (\S+)", line):
-            name = m[1]
-            found[arch, name] = []
-        elif name:
-            found[arch, name].append(line)
-    return {key: "\n".join(lines) for key, lines in found.items()}
 
 
 @pytest.fixture(params=LIBRARIES, ids=lambda p: p.stem)
