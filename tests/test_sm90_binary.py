@@ -53,6 +53,35 @@ def test_a_stage_is_free_when_its_loads_are_done():
         assert marks[loads[-1] + 1] == "FENCE.VIEW.ASYNC.S", name
 
 
+def unread(code: list[str]) -> set[int]:
+    """Registers that were loaded from shared memory, and not read up to the end of the code."""
+    waiting = set()
+    for line in code:
+        operation, _, operands = re.sub(r"^@!?U?P\d+ ", "", line).partition(" ")
+        target, *sources = operands.split(",")
+        waiting -= {int(r) for r in re.findall(r"\bR(\d+)", ",".join(sources))}
+        if operation.startswith("LDS"):
+            first = int(re.search(r"R(\d+)", target)[1])
+            waiting |= {first + i for i in range({"64": 2, "128": 4}.get(operation.split(".")[-1], 1))}
+    return waiting
+
+
+def test_a_stage_of_a_wider_tile_is_free_when_it_is_decoded():
+    """There without a fence: all that was loaded since the wait for the stage has been read."""
+    for name, sass in tiles("grouped_kernel").items():
+        if "LDSM" in sass:
+            continue
+        code = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?)\s*;", sass)
+        full, free = re.findall(r"SYNCS\.EXCH\.64 URZ, \[UR\d+(\+0x\w+\])", sass)[:2]
+        waits = [i for i, line in enumerate(code) if "SYNCS.PHASECHK" in line and full in line]
+        arrivals = [i for i, line in enumerate(code) if "SYNCS.ARRIVE" in line and free in line]
+        assert arrivals, name
+        for arrival in arrivals:
+            waited = max(i for i in waits if i < arrival)
+            assert any("LDS" in line for line in code[waited:arrival]), name
+            assert not unread(code[waited:arrival]), name
+
+
 def test_rows_of_other_ctas_are_copied_behind_a_fence():
     """A pair's tokens are its first product's rows, stored by other CTAs and read by the copy engine."""
     for name, sass in tiles("pair_kernel").items():
