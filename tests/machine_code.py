@@ -25,6 +25,7 @@ def tools() -> Path | None:
 def dump(library: Path, *what: str) -> str:
     env = {**os.environ, "PATH": f"{tools()}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run([tools() / "cuobjdump", *what, library], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 or "does not contain device code" in done.stderr, done.stderr
     return done.stdout
 
 

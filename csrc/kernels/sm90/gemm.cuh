@@ -174,7 +174,7 @@ struct Kernel : Plan<T, kOfPair> {
   }
 
   __device__ __forceinline__ void release_weights(Pipe& pipe) const {
-    if constexpr (T::kNarrow) reads_then_copies();  // wider tiles have decoded all that they loaded
+    if constexpr (T::kNarrow) reads_then_copies();  // wider tiles have decoded what they will use
     __syncwarp();                                   // the arrival speaks for loads of all lanes
     if (threadIdx.x % 32 < kArrivals) barrier_arrive(&shared.weights_free[pipe.weights]);
     if (++pipe.weights == T::kWeightStages) pipe.weights = 0, pipe.weights_parity ^= 1;

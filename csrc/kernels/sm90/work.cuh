@@ -8,7 +8,7 @@ namespace nvfp4::sm90 {
 
 struct alignas(16) Item {
   int expert, row_tile, first_row, count;  // tokens: rows first_row .. first_row + count of the product
-  int tokens;                              // the tile of tokens, counted over all experts
+  int tokens;  // the tile of tokens, counted over all experts, or over those of its width
 };
 
 struct alignas(16) Part {  // of an item: steps of K
@@ -25,14 +25,16 @@ template <class T, bool kOfPair>
 struct Plan {
   const Problem& problem;
   const GemmParams& p;
-  int2* first_of;  // [E + 1], in shared memory: token tiles and rows before an expert's own
+  int2* first_of;  // [E + 1], in shared memory: token tiles and rows before an expert's own, or as follows
 
-  // Where tiles have several widths, all experts' widest come first, so that every CTA has as many of each,
-  // and first_of[e] counts tiles by width: in x the widest, in halves of y the narrower. (The weights of an
-  // expert that has both come from DRAM twice.)
-  static constexpr bool kWidths = T::kLeast < T::kTokens;
-  static constexpr int kNarrowest = (T::kTokens - T::kLeast) / T::kStep;  // a width is 0, .. kNarrowest
+  // Where tiles have several widths, all experts' widest come first: every CTA has about as many of each, and
+  // what is shared at the end is mostly of narrow ones. (The weights of an expert that has both come from
+  // DRAM twice.) first_of[e] counts tiles by their narrowing, steps below the widest: 0 in x, 1 and 2 in
+  // halves of y.
+  static constexpr bool kSeveralWidths = T::kLeast < T::kTokens;
+  static constexpr int kNarrowest = (T::kTokens - T::kLeast) / T::kStep;
   static_assert(kNarrowest <= 2);
+  static_assert(3 * kMostExperts < 1 << 15);  // an expert has three narrower tiles, or they would be full
 
   __device__ __forceinline__ int team() const { return T::kTeam == 1 ? 1 : problem.team; }
   __device__ __forceinline__ int rank() const { return blockIdx.x % team(); }  // of this CTA there
@@ -58,10 +60,10 @@ struct Plan {
     const int E = static_cast<int>(p.E);
     for (int e = threadIdx.x; e <= E; e += T::kThreads) {
       const int begin = rows_before(e), rows = e ? max(begin - rows_before(e - 1), 0) : 0;
-      if constexpr (kWidths) {
+      if constexpr (kSeveralWidths) {
         const Cut cut(rows, tiles_of(rows));
-        const auto tiles = [&](int width) {
-          return rows > 0 ? (cut.tiles - 1) * (cut.width == width) + (cut.last_width == width) : 0;
+        const auto tiles = [&](int narrowing) {
+          return rows > 0 ? (cut.tiles - 1) * (cut.narrowing == narrowing) + (cut.last == narrowing) : 0;
         };
         first_of[e] = {tiles(0), tiles(1) << 16 | tiles(2)};
       } else {
@@ -70,7 +72,8 @@ struct Plan {
     }
     __syncthreads();
     sums([](int2 own) { return own.x; }, [](int2 own, int sum) { return int2{sum, own.y}; });
-    if (kWidths) sums([](int2 own) { return own.y; }, [](int2 own, int sum) { return int2{own.x, sum}; });
+    if (kSeveralWidths)
+      sums([](int2 own) { return own.y; }, [](int2 own, int sum) { return int2{own.x, sum}; });
   }
 
   __device__ __forceinline__ void make_from_choices() const {
@@ -90,16 +93,16 @@ struct Plan {
 
   struct Cut {  // of an expert's rows into tiles
     int tiles, each;
-    int width, last_width;  // steps of kStep less than kTokens; the last tile may have fewer rows
+    int narrowing, last;  // the last tile's, which may have fewer rows
 
     __device__ __forceinline__ Cut(int rows, int tiles) : tiles(tiles), each(rows) {
       if (tiles > 1) {  // seldom while decoding, which has no time for divisions
         const int even = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
         each = even > T::kTokens - T::kStep ? T::kTokens : even;  // even shares where all are narrower
       }
-      width = narrower(each), last_width = narrower(rows - (tiles - 1) * each);
+      narrowing = narrowing_of(each), last = narrowing_of(rows - (tiles - 1) * each);
     }
-    __device__ __forceinline__ static int narrower(int rows) {
+    __device__ __forceinline__ static int narrowing_of(int rows) {
       return min((T::kTokens - rows) / T::kStep, kNarrowest);
     }
   };
@@ -138,33 +141,35 @@ struct Plan {
     }
   }
 
-  __device__ __forceinline__ static int counted(int2 first, int width) {
-    return width == 0 ? first.x : width == 1 ? first.y >> 16 : first.y & 0xffff;
+  __device__ __forceinline__ static int counted(int2 first, int narrowing) {
+    return narrowing == 0 ? first.x : narrowing == 1 ? first.y >> 16 : first.y & 0xffff;
   }
-  __device__ __forceinline__ int items(int width) const {
-    return counted(first_of[p.E], width) * problem.row_tiles;
+  __device__ __forceinline__ int items(int narrowing) const {
+    return counted(first_of[p.E], narrowing) * problem.row_tiles;
   }
-  __device__ __forceinline__ int items() const { return items(0) + (kWidths ? items(1) + items(2) : 0); }
+  __device__ __forceinline__ int items() const {
+    return items(0) + (kSeveralWidths ? items(1) + items(2) : 0);
+  }
 
   __device__ __forceinline__ Item item(int index) const {
     const int E = static_cast<int>(p.E);
-    int width = 0;
-    if constexpr (kWidths)
-      for (; width < kNarrowest && index >= items(width); ++width) index -= items(width);
+    int narrowing = 0;
+    if constexpr (kSeveralWidths)
+      for (; narrowing < kNarrowest && index >= items(narrowing); ++narrowing) index -= items(narrowing);
     int low = 0, high = E;  // the last expert that begins at or before this item
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      (counted(first_of[middle], width) * problem.row_tiles <= index ? low : high) = middle;
+      (counted(first_of[middle], narrowing) * problem.row_tiles <= index ? low : high) = middle;
     }
     const int2 first = first_of[low], next = first_of[low + 1];
-    const int before = counted(first, width), tiles = counted(next, width) - before;
-    const int first_row = kWidths ? rows_before(low) : first.y;
-    const int rows = (kWidths ? rows_before(low + 1) : next.y) - first_row;
+    const int before = counted(first, narrowing), tiles = counted(next, narrowing) - before;
+    const int first_row = kSeveralWidths ? rows_before(low) : first.y;
+    const int rows = (kSeveralWidths ? rows_before(low + 1) : next.y) - first_row;
     const int local = index - before * problem.row_tiles;
-    const Cut cut(rows, kWidths ? tiles_of(rows) : tiles);
+    const Cut cut(rows, kSeveralWidths ? tiles_of(rows) : tiles);
     int row_tile = local, tile = 0;
     if (tiles > 1) tile = local % tiles, row_tile = local / tiles;
-    if (kWidths && cut.width != width) tile = cut.tiles - 1;
+    if (kSeveralWidths && cut.narrowing != narrowing) tile = cut.tiles - 1;
     const int begin = tile * cut.each;
     return {low, row_tile * team() + rank(), first_row + begin, min(cut.each, rows - begin), before + tile};
   }
