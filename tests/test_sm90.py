@@ -259,13 +259,17 @@ def test_narrow_tiles_of_half_the_rows_are_shared_too():
     check(gemm(a, w, counts), a, w, counts)
 
 
+def uneven(first, then):
+    """Experts' rows for SHARED. Where tiles of 128 rows end and those of 64 begin, a CTA comes early for what
+    its neighbour leaves, if that place is inside a share (test_sm90_work.py)."""
+    return [first] * (SHARED[0] // 2 - 1) + [then] * (SHARED[0] // 2 + 1)
+
+
 @pytest.mark.parametrize("rows", [(1, 1), (9, 9), (31, 31), (100, 100), (128, 64)], ids=named)
 def test_a_graph_whose_ctas_share_tiles_is_replayed(rows):
-    """What a CTA left in one replay must not be taken for what it leaves in the next. Where tiles of 128 rows
-    end and those of 64 begin, one comes early for what its neighbour leaves: 11 and 13 experts put that place
-    inside a share (of 132 multiprocessors)."""
+    """What a CTA left in one replay must not be taken for what it leaves in the next."""
     E, N, K = SHARED
-    counts = [rows[0]] * (E // 2 - 1) + [rows[1]] * (E // 2 + 1)
+    counts = uneven(*rows)
     w, a = weights(E, N, K), tokens(sum(counts), K)
     gemm(a, w, counts)
     sf, offsets, graph = ops.remap_sf(w.sf), offsets_of(counts), torch.cuda.CUDAGraph()

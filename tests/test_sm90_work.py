@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simt import ROOT, build, in_namespace, run_with, with_mistake
+from test_sm90 import SHARED, uneven
 
 STAGE = 4  # steps of K
 TEAMS = {8: 1, 48: 1, 128: 2, 256: 1}  # tokens of a tile: CTAs of a team
@@ -166,6 +167,26 @@ def test_everything_is_computed_once_whatever_the_sizes(library, data):
     ctas = TEAMS[tokens] * data.draw(st.integers(1, 6))
     case = tokens, [0, *np.cumsum(rows).tolist()], row_tiles, steps, ctas
     check(listed(library.run_as_it_is, *case), *case)
+
+
+def early(run, rows, ctas=132):
+    """CTAs that come for a tile's sums before its head is done, if a product takes as long as it is wide."""
+    _, N, K = SHARED
+    steps, clocks, done, comes = -(-K // 64), defaultdict(int), {}, {}
+    for p in listed(run, 128, [0, *np.cumsum(rows).tolist()], N // 512, steps, ctas):  # a CTA's in order
+        tile = p.expert, p.row_tile, p.first_row
+        if p.begin > 0:
+            comes[tile] = clocks[p.cta]
+        clocks[p.cta] += width(128, p.count) * (p.end - p.begin)
+        if p.end < steps:
+            done[tile] = clocks[p.cta]
+    return [tile for tile, time in comes.items() if time < done[tile]]
+
+
+def test_one_comes_early_in_the_graph_that_is_replayed(library):
+    """Or test_sm90.py would not see that a flag stays up: it did not with its rows in turn."""
+    assert early(library.run_as_it_is, uneven(128, 64))
+    assert not early(library.run_as_it_is, [128, 64] * 12)
 
 
 @pytest.mark.parametrize("ctas", [4, 7])
