@@ -37,6 +37,16 @@ def awkward_logits(T, E, dtype=torch.float32):
     return x.to(dtype)
 
 
+def tied_logits(E):
+    """As many equal ones as a GPU's list of 32 holds, fewer and more, the last of them greater, all others
+    less."""
+    counts = [n for n in (1, 2, 5, 31, 32, 33, 34, 64, E) if n <= E]
+    x = torch.rand(len(counts), E)
+    for row, n in zip(x, counts, strict=True):
+        row[torch.randperm(E)[:n].sort().values] = torch.tensor([4.0] * (n - 1) + [5.0])
+    return x
+
+
 @pytest.mark.parametrize("routing", ROUTINGS, ids=str)
 class TestRoute:
     @pytest.mark.parametrize("biased", [False, True])
@@ -108,6 +118,16 @@ def test_groups_of_infinities_are_ranked_alike_everywhere(device):
     )
 
 
+@pytest.mark.parametrize(
+    "E, k", [(32, 6), (33, 32), (384, 1), (384, 6), (384, 32), (384, 33), (700, 8)], ids=str
+)
+def test_as_many_ties_as_a_list_holds_fewer_and_more(E, k, device):
+    logits = tied_logits(E)
+    assert_same_bits(
+        ops.route(logits.to(device), None, k), reference.route(logits, None, k, "softmax", 1, 1, True, 1.0)
+    )
+
+
 def test_ties_go_to_the_lower_expert(device):
     _, ids = ops.route(torch.zeros(1, 64, device=device), None, 5)
     assert ids.tolist() == [[0, 1, 2, 3, 4]]
@@ -126,6 +146,23 @@ class TestPermute:
         ids = torch.randint(-2, 14, (T, k), dtype=torch.int32, generator=generator)
         poison((T * k,), torch.int32)
         assert_same_bits(ops.permute(ids, E, first), reference.permute(ids, E, first))
+
+    @pytest.mark.parametrize(
+        "T, k, E, first",
+        [
+            (64, 6, 384, 0),
+            (170, 6, 384, 9),
+            (40, 3, 3000, 10),
+            (300, 3, 2100, -5),
+            (3000, 1, 700, 0),
+            (700, 3, 20, 4),
+        ],
+        ids=str,
+    )
+    def test_one_tile_or_several_of_few_choices_a_warp_or_many(self, T, k, E, first, device):
+        ids = torch.randint(first - 2, first + E + 2, (T, k), dtype=torch.int32)
+        poison((T * k,), torch.int32)
+        assert_same_bits(ops.permute(ids.to(device), E, first), reference.permute(ids, E, first))
 
     def test_extreme_ids_are_skipped(self, device):
         ids = torch.tensor([[2**31 - 1, -(2**31), 1, 1]], dtype=torch.int32, device=device)

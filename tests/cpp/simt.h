@@ -5,11 +5,14 @@
 #include <cuda_runtime_api.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #define CUDA_CHECK(call) (call)
@@ -29,13 +32,14 @@ struct Fiber {
   static constexpr int kStack = 1 << 16;
 };
 
-inline Index threadIdx, blockIdx, gridDim;
+inline Index threadIdx, blockIdx, gridDim, blockDim;
 inline bool backwards = false;
 inline std::vector<Fiber> fibers;
 inline std::vector<Barrier> barriers;  // of the CTA, then of its warps
 inline ucontext_t scheduler;
 inline std::function<void()> body;
-inline bool moved;  // any thread, since it was cleared
+inline bool moved;                   // any thread, since it was cleared
+inline std::vector<double> dynamic;  // shared memory whose size a launch says
 
 inline void wait(Barrier& barrier, int threads) {
   const int turn = barrier.turn;
@@ -46,6 +50,7 @@ inline void wait(Barrier& barrier, int threads) {
 }
 
 inline void run_cta(unsigned threads) {
+  blockDim.x = threads;
   fibers = std::vector<Fiber>(threads);
   barriers.assign(1 + threads / 32, {});
   for (Fiber& fiber : fibers) {
@@ -81,6 +86,7 @@ void launch(unsigned ctas, unsigned threads, Kernel kernel, Args... args) {
 }
 
 inline void __syncthreads() { wait(barriers[0], static_cast<int>(fibers.size())); }
+inline void __syncwarp() { wait(barriers[1 + threadIdx.x / 32], 32); }
 
 // The values of all lanes of the warp, given to `use`.
 template <class T, class Use>
@@ -88,19 +94,50 @@ auto gather(const T& mine, Use use) {
   static std::vector<T> all(1024);
   const unsigned t = threadIdx.x;
   all[t] = mine;
-  wait(barriers[1 + t / 32], 32);
+  __syncwarp();
   const auto got = use(&all[t / 32 * 32]);
-  wait(barriers[1 + t / 32], 32);
+  __syncwarp();
   return got;
 }
 
+inline unsigned lane() { return threadIdx.x % 32; }
 inline int __shfl_up_sync(unsigned, int value, unsigned by) {
-  return gather(value,
-                [&](const int* all) { return threadIdx.x % 32 < by ? value : all[threadIdx.x % 32 - by]; });
+  return gather(value, [&](const int* all) { return lane() < by ? value : all[lane() - by]; });
 }
-inline int __shfl_sync(unsigned, int value, int lane) {
-  return gather(value, [&](const int* all) { return all[lane]; });
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return gather(value, [&](const T* all) { return all[from]; });
 }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int by) {
+  return gather(value, [&](const T* all) { return all[lane() ^ by]; });
+}
+template <class T>
+T __reduce_max_sync(unsigned, T value) {
+  return gather(value, [](const T* all) { return *std::max_element(all, all + 32); });
+}
+template <class T>
+T __reduce_min_sync(unsigned, T value) {
+  return gather(value, [](const T* all) { return *std::min_element(all, all + 32); });
+}
+template <class T>
+T __reduce_add_sync(unsigned, T value) {
+  return gather(value, [](const T* all) { return std::accumulate(all, all + 32, T{}); });
+}
+inline unsigned __match_any_sync(unsigned, int value) {
+  return gather(value, [&](const int* all) {
+    unsigned equals = 0;
+    for (int i = 0; i < 32; ++i) equals |= unsigned{all[i] == value} << i;
+    return equals;
+  });
+}
+inline unsigned __ballot_sync(unsigned mask, bool yes) {
+  const unsigned alike = __match_any_sync(mask, yes);
+  return yes ? alike : ~alike;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int atomicAdd(int* to, int by) { return *to += by, *to - by; }
+inline int atomicOr(int* to, int bits) { return std::exchange(*to, *to | bits); }
 }  // namespace simt
 
 extern "C" {

@@ -2,8 +2,6 @@
 // tests/test_sm90_work.py puts it before this, once as it is and once for every mistake.
 namespace nvfp4::sm90 {
 
-inline int atomicAdd(int* to, int by) { return *to += by, *to - by; }
-
 template <class T, bool kOfPair>
 void list_parts(const Problem* problem, int2* first, int*& to) {
   const Plan<T, kOfPair> plan{*problem, problem->p, first};

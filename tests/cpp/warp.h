@@ -15,14 +15,6 @@ struct Copy {
 };
 inline std::vector<std::deque<std::vector<Copy>>> copies;  // of a thread: groups, the last one still open
 
-inline unsigned __ballot_sync(unsigned, bool value) {
-  return gather<int>(value, [](const int* all) {
-    unsigned bits = 0;
-    for (int lane = 0; lane < 32; ++lane) bits |= unsigned{all[lane] != 0} << lane;
-    return bits;
-  });
-}
-inline void __syncwarp() { wait(barriers[1 + threadIdx.x / 32], 32); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
 inline uint32_t shared_address(const void* p) {

@@ -1,7 +1,9 @@
 // The stable counting sort that brings rows of one expert together. A tile of the choices is sorted by one
-// CTA, whose warps take consecutive parts of it: counts by warp and expert in shared memory, their prefix
-// sums, then every choice finds its place among equals of its warp by a vote. Up to kOneTile choices are one
-// tile and one launch; more take a first launch that leaves every tile's counts in the workspace.
+// CTA, whose warps take consecutive parts of it. Of parts of 32 a lane has one choice each and marks itself
+// in a word by warp and expert: a choice's place is the number of marks before its own. Longer parts are
+// counted, by warp and expert, and every choice finds its place among equals of its warp by a vote. Up to
+// kOneTile choices are one tile and one launch; more take a first launch that leaves every tile's counts in
+// the workspace.
 #include <algorithm>
 
 #include "kernels.h"
@@ -67,7 +69,7 @@ __device__ void count_choices(const PermuteParams& p, int64_t from, int64_t step
   }
 }
 
-// Sum of x over the threads before this one, and over all.
+// Sum of x over the threads before this one, and over all. A barrier lies between two calls.
 __device__ int scan(int x, int& all) {
   __shared__ int warps[kMostThreads / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -76,7 +78,6 @@ __device__ int scan(int x, int& all) {
     const int lower = __shfl_up_sync(kAll, sum, step);
     if (lane >= step) sum += lower;
   }
-  __syncthreads();  // the last call's reads
   if (lane == 31) warps[warp] = sum;
   __syncthreads();
   const int of_warp = lane < blockDim.x / 32 ? warps[lane] : 0;
@@ -108,13 +109,15 @@ __global__ void __launch_bounds__(kMostThreads)
   }
 }
 
-// counts[warp][expert] of the window become prefix sums over the warps; starts[expert] is the tile's first
-// place. Returns the number of choices in the window.
+// starts[expert] is the tile's first place. counts[warp][expert] of the window become prefix sums over the
+// warps, but marks stay what they are. Returns the number of choices in the window.
+template <bool kMarks>
 __device__ int place_window(const PermuteParams& p, const Plan& plan, const int32_t* tile_counts,
                             int64_t first, int width, int sorted, int* counts, int* starts) {
   int all = 0;
   for (int from = 0; from < width; from += blockDim.x) {
     const int e = from + threadIdx.x;
+    if (from) __syncthreads();
     int mine = 0, before = 0;
     for (int w = 0; w < plan.warps && e < width; w += kAhead) {
       int n[kAhead];
@@ -122,8 +125,8 @@ __device__ int place_window(const PermuteParams& p, const Plan& plan, const int3
       for (int i = 0; i < kAhead; ++i) n[i] = w + i < plan.warps ? counts[(w + i) * width + e] : 0;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (w + i < plan.warps) counts[(w + i) * width + e] = mine;
-        mine += n[i];
+        if (!kMarks && w + i < plan.warps) counts[(w + i) * width + e] = mine;
+        mine += kMarks ? __popc(n[i]) : n[i];
       }
     }
     if (plan.tiles > 1 && e < width) {
@@ -173,28 +176,76 @@ __device__ void scatter(const PermuteParams& p, int64_t first, int width, Range 
   }
 }
 
+// The choice of a lane whose warp has at most 32.
+struct Choice {
+  int64_t i;  // -1: none
+  uint32_t row;
+  int expert = -1;
+
+  __device__ Choice(const PermuteParams& p, Range part) : i(part.begin + threadIdx.x % 32) {
+    row = static_cast<uint32_t>(i) / static_cast<uint32_t>(p.k);
+    if (i >= part.end) i = -1;
+  }
+  __device__ void load(const PermuteParams& p) {
+    if (i >= 0) expert = expert_of(p, i);
+  }
+  __device__ bool in(int64_t first, int width) const { return expert >= first && expert < first + width; }
+
+  __device__ void mark(int64_t first, int width, int* marks_of_warp) const {
+    if (in(first, width)) atomicOr(marks_of_warp + expert - first, 1 << threadIdx.x % 32);
+  }
+  __device__ void scatter(const PermuteParams& p, int64_t first, int width, const int* marks,
+                          const int* starts) const {
+    if (in(first, width)) {
+      const int warp = threadIdx.x / 32, *of = marks + expert - first;
+      int place = starts[expert - first] + __popc(of[warp * width] & ((1u << threadIdx.x % 32) - 1));
+#pragma unroll 8
+      for (int w = 0; w < warp; ++w) place += __popc(of[w * width]);
+      p.slots[i] = place;
+      p.rows[place] = row;
+    } else if (i >= 0 && expert < 0) {
+      p.slots[i] = -1;
+    }
+  }
+};
+
+template <bool kMarks>
 __global__ void __launch_bounds__(kMostThreads, 1)
     sort_tile(bool early, PermuteParams p, Plan plan, const int32_t* tile_counts) {
-  start<true>(early);  // the ids, which a product may count as well
   extern __shared__ int shared[];
   const int warp = threadIdx.x / 32;
   const Range tile = tile_of(p, plan);
   const int64_t begin = tile.begin + warp * plan.part;
   const Range part{begin, warp < plan.warps ? min(begin + plan.part, tile.end) : begin};
+  const auto clear = [&] {
+    for (int i = threadIdx.x; i < plan.warps * plan.window; i += blockDim.x) shared[plan.window + i] = 0;
+  };
+  clear();
+  Choice own(p, part);
+  start<true>(early);  // the ids, which a product may count as well
+  if (kMarks) own.load(p);
   int sorted = 0;
   int64_t first = 0;
   do {  // once for E = 0 too: foreign choices get their slots
     const int width = min(static_cast<int>(p.E - first), plan.window);
-    int *starts = shared, *counts = shared + width, *mine = counts + warp * width;
-    for (int i = threadIdx.x; i < plan.warps * width; i += blockDim.x) counts[i] = 0;
+    int *starts = shared, *counts = shared + plan.window, *mine = counts + warp * width;
     __syncthreads();
-    count_choices(p, part.begin + threadIdx.x % 32, 32, part.end, first, width, mine);
+    if constexpr (kMarks)
+      own.mark(first, width, mine);
+    else
+      count_choices(p, part.begin + threadIdx.x % 32, 32, part.end, first, width, mine);
     __syncthreads();
-    sorted += place_window(p, plan, tile_counts, first, width, sorted, counts, starts);
+    sorted += place_window<kMarks>(p, plan, tile_counts, first, width, sorted, counts, starts);
     __syncthreads();
-    scatter(p, first, width, part, mine, starts);
-    __syncthreads();
+    if constexpr (kMarks)
+      own.scatter(p, first, width, counts, starts);
+    else
+      scatter(p, first, width, part, mine, starts);
     first += plan.window;
+    if (first < p.E) {
+      __syncthreads();
+      clear();
+    }
   } while (first < p.E);
   if (blockIdx.x == 0 && threadIdx.x == 0) p.offsets[p.E] = sorted;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x,
@@ -214,7 +265,8 @@ void permute(const PermuteParams& p, void* workspace, cudaStream_t stream) {
   int32_t* counts = static_cast<int32_t*>(workspace);
   const dim3 threads(plan.threads);
   if (plan.tiles > 1) launch(count_tiles, {plan.tiles, threads, plan.window * 4}, stream, p, plan, counts);
-  launch(sort_tile, {plan.tiles, threads, (plan.warps + 1) * plan.window * 4}, stream, p, plan, counts);
+  launch(plan.part == 32 ? sort_tile<true> : sort_tile<false>,
+         {plan.tiles, threads, (plan.warps + 1) * plan.window * 4}, stream, p, plan, counts);
 }
 
 }  // namespace nvfp4::cuda
