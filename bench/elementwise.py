@@ -178,23 +178,35 @@ def in_a_row(run: Callable[[tuple], object], inputs: list[tuple], times: int = 2
     return chain, [()]
 
 
+def routing_cases():
+    """T, experts, top_k, the logits' dtype, a bias, what route takes besides; and the peers."""
+    plain = (peers.route, peers.vllm_route, peers.vllm_route_and_align)
+    shapes = [(T, m.experts, m.top_k) for m in MODELS for T in (1, 64)] + [(64, 384, 6), (16384, 384, 6)]
+    for shape in shapes:
+        yield *shape, torch.float32, None, (), plain
+    yield 64, 384, 6, torch.bfloat16, None, (), plain
+    for T in (1, 64, 16384):  # as DeepSeek-V3
+        grouped = (peers.grouped_route, peers.vllm_grouped_route, None)
+        yield T, 256, 8, torch.float32, torch.randn(256, device="cuda"), ("sigmoid", 8, 4, True, 2.5), grouped
+
+
 def measure_routing(times: int = 20) -> list[dict]:
     results = []
-    shapes = [(T, m.experts, m.top_k) for m in MODELS for T in (1, 64)] + [(64, 384, 6), (16384, 384, 6)]
-    for T, E, k in shapes:
-        inputs = [(torch.randn(T, E, device="cuda"),) for _ in range(4)]
-        both = lambda a, E=E, k=k: ops.permute(ops.route(a[0], None, k)[1], E, 0)  # noqa: E731
-        rows = {"us": both, "route": lambda a, k=k: ops.route(a[0], None, k)}
-        beside = peers_of((k,), inputs, peers.route, peers.vllm_route)
-        aligned = peers_of((k,), inputs, None, peers.vllm_route_and_align)
-        beside |= {f"{name} both": run for name, run in aligned.items()}
+    for T, E, k, dtype, bias, how, (compiled, vllm, aligned) in routing_cases():
+        inputs = [(torch.randn(T, E, device="cuda").to(dtype), bias) for _ in range(4)]
+        route = lambda a, k=k, how=how: ops.route(*a, k, *how)  # noqa: E731
+        both = lambda a, E=E, route=route: ops.permute(route(a)[1], E, 0)  # noqa: E731
+        rows = {"us": both, "route": route}
+        beside = peers_of((k,), inputs, compiled, vllm)
+        beside |= {f"{name} both": run for name, run in peers_of((k,), inputs, None, aligned).items()}
         rows |= {n: r[0] for n, r in beside.items() if not isinstance(r, str)}
         in_rows = replay_microseconds({n: in_a_row(run, inputs, times) for n, run in rows.items()})
         one = {"alone": (both, inputs), "tiny": (lambda a: a[0].view(-1)[:1].add_(0), inputs)}
+        kind = "bf16 " * (dtype == torch.bfloat16) + "groups" * bool(how)
         results.append(
             {
                 "op": "route + permute",
-                "shape": f"T={T} E={E} k={k}",
+                "shape": f"T={T} E={E} k={k} {kind}",
                 **{name: us / times for name, us in in_rows.items()},
                 **replay_microseconds(one),
                 "missing": {n: r for n, r in beside.items() if isinstance(r, str)},
@@ -226,12 +238,12 @@ def show(bandwidth: list[dict], routing: list[dict]) -> None:
     heads = ("us", "route", "alone", "tiny", "torch.compile", "vLLM", "vLLM both")
     titles = ("us", "route", "graph of one", "of a tiny kernel", "torch.compile, route", "vLLM, route")
     titles = (*titles, "vLLM, with align")
-    print(f"\n{'op':<16} {'shape':<20} " + " ".join(f"{t:>{max(7, len(t))}}" for t in titles))
+    print(f"\n{'op':<16} {'shape':<24} " + " ".join(f"{t:>{max(7, len(t))}}" for t in titles))
     for r in routing:
         values = " ".join(
             f"{microseconds(r, h):>{max(7, len(t))}}" for h, t in zip(heads, titles, strict=True)
         )
-        print(f"{r['op']:<16} {r['shape']:<20} {values}")
+        print(f"{r['op']:<16} {r['shape']:<24} {values}")
     for why in sorted({f"{n}: {text}" for r in bandwidth + routing for n, text in r["missing"].items()}):
         print(f"n/a {why}")
 

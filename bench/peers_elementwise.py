@@ -69,9 +69,20 @@ def combine(y: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return (y[slots.long()].float() * weights[..., None]).sum(1).bfloat16()
 
 
-def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    weights, ids = logits.softmax(-1).topk(k)
+def route(logits: Tensor, bias: None, k: int) -> tuple[Tensor, Tensor]:
+    weights, ids = logits.float().softmax(-1).topk(k)
     return weights / weights.sum(-1, keepdim=True), ids
+
+
+def grouped_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of DeepSeek-V3: four of eight groups, by the sums of their two best."""
+    scores = logits.sigmoid()
+    groups = (scores + bias).unflatten(-1, (8, -1))
+    losing = groups.topk(2).values.sum(-1).topk(4, largest=False).indices
+    choice = groups.scatter(1, losing[..., None].expand(-1, -1, groups.shape[-1]), -torch.inf)
+    ids = choice.flatten(1).topk(k).indices
+    weights = scores.gather(1, ids)
+    return weights / weights.sum(-1, keepdim=True) * 2.5, ids
 
 
 # ---- vLLM's -----------------------------------------------------------------------------------------------
@@ -89,14 +100,18 @@ def vllm_combine(y: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def vllm_route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def vllm_route(logits: Tensor, bias: None, k: int) -> tuple[Tensor, Tensor]:
     T = len(logits)
-    weights = logits.new_empty(T, k)
+    weights = torch.empty(T, k, device="cuda")
     ids, rows = (torch.empty(T, k, dtype=torch.int32, device="cuda") for _ in range(2))
     operators().topk_softmax(weights, ids, rows, logits, True, None, None)
     return weights, ids
 
 
-def vllm_route_and_align(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def vllm_grouped_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return operators().grouped_topk(logits, 8, 4, k, True, 2.5, bias, 1)
+
+
+def vllm_route_and_align(logits: Tensor, bias: None, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """What its grouped kernels want in place of permute: rows by expert, padded to blocks (of 16 here)."""
-    return align(vllm_route(logits, k)[1], logits.shape[1], 16)
+    return align(vllm_route(logits, bias, k)[1], logits.shape[1], 16)
