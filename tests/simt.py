@@ -19,7 +19,7 @@ Source = Callable[[str, tuple[str, str] | None], str]
 def in_namespace(name: str, text: str, outer: str = "blackwell") -> str:
     """CUDA as C++ for simt.h, in a namespace of its own with run_{name} to call."""
     text = re.sub(r"#(pragma|include).*", "", text)
-    text = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1* \2 = (\1*)dynamic.data();", text)
+    text = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1* \2 = (\1*)dynamic;", text)
     text = text.replace("__shared__", "static").replace("__grid_constant__", "")
     text = re.sub(r"__global__ void __launch_bounds__\([^()]*\)", "static void", text)
     text = re.sub(r"(\w+)<<<(\w+), (\w+), 0, \w+>>>\(", r"launch(\2, \3, \1, ", text)

@@ -109,6 +109,11 @@ def test_the_formulas_given_to_torch_compile_are_the_operators():
     close = {"rtol": 2.0**-7, "atol": 1e-6}
     torch.testing.assert_close(formulas.swiglu(x), ops.swiglu(x), **close)
     torch.testing.assert_close(formulas.swiglu_limit(x), ops.swiglu(x, "swiglu_limit", 1.0, 7.0), **close)
+    logits, bias = torch.randn(9, 256), torch.randn(256)
+    for formula, *how in ((formulas.route,), (formulas.grouped_route, "sigmoid", 8, 4, True, 2.5)):
+        offered = bias if how else None
+        got, want = formula(logits, offered, 8), ops.route(logits, offered, 8, *how)
+        torch.testing.assert_close(got, (want[0], want[1].long()), rtol=1e-5, atol=0)
     weights, ids = ops.route(torch.randn(9, 16), None, 3)
     slots = ops.permute(ids, 16, 0)[2]
     torch.testing.assert_close(formulas.combine(x, slots, weights), ops.combine(x, slots, weights), **close)

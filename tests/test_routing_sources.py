@@ -4,6 +4,7 @@ them, all of which must be caught."""
 import ctypes
 import math
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ ROUTE = {
     "place in the list counted from 1": ("((1u << lane) - 1)", "((2u << lane) - 1)"),
     "old keys behind the list": ("if (lane >= count) a.list[lane] = kNever;", ""),
     "NaN chosen from few experts": ("return kNever + 1;", "return kNever;"),
-    "ids of choices that ran out": ("static_cast<int>(a.listed[lane]) : -1", "0 : 0"),
+    "ids of choices that ran out": ("(a.listed[lane]) : -1", "(a.listed[lane]) : 0"),
     "weights of choices that ran out": ("id < 0 ? 0.0f : a.scores[id];\n  }", "a.scores[max(id, 0)];\n  }"),
     "a float16 for a bfloat16": ("p.dtype == Real::bf16 ?", "p.dtype != Real::bf16 ?"),
     "experts beyond the last one": (": 0x7fff7fffu", ": 0"),
@@ -40,8 +41,8 @@ ROUTE = {
     "a team's lanes not compared": ("take(other);", ""),
     "keys beyond the group": ("at < width ? at : at - width", "at"),
     "a choice made twice in turn": ("& (at > last_e)", "& (at >= last_e)"),
-    "ties in turn to the higher": ("mine.key == best ? static_cast<uint32_t>(mine.e) : kAll",
-                                   "static_cast<uint32_t>(mine.e)"),
+    "ties in turn to the higher": ("_min_sync(kAll, mine.key == best ? static_cast<uint32_t>(mine.e) : kAll)",
+                                   "_max_sync(kAll, mine.key == best ? static_cast<uint32_t>(mine.e) : 0u)"),
     "32 choices in turn": ("first < p.top_k; first += 32", "first < 32; first += 32"),
     "a token too many": ("if (a.t >= p.T) return;", ""),
     "a CTA's last experts": ("from - lane < a.E;", "from - lane < a.E - 128;"),
@@ -61,7 +62,7 @@ PERMUTE = {
     "own tile among those before": ("tile < blockIdx.x ?", "tile <= blockIdx.x ?"),
     "marks of the last window kept": ("      clear();\n    }", "    }"),
     "marks for 64": ("plan.part == 32 ?", "plan.part <= 64 ?"),
-    "the first window alone": ("return expert >= first &&", "return first == 0 &&"),
+    "the first window alone": ("return expert >= first &&", "return first == 0 && expert >= 0 &&"),
     "experts counted from the first of all": ("p.ids[i] - p.first_expert", "p.ids[i]"),
     "foreign choices keep their slots": ("} else if (i >= 0 && expert < 0) {", "} else if (false) {"),
     "rows behind the last one left": ("p.rows[i] = 0;", ";"),
@@ -148,23 +149,14 @@ ROUTINGS = [
 
 
 def check_route(run, logits, k, score="softmax", n_group=1, topk_group=1, bias=None):
-    """On a card of one multiprocessor, where a CTA has four tokens, and on one with room for all."""
-    T, E = logits.shape
-    want = reference.route(logits, bias, k, score, n_group, topk_group, True, 2.5)
+    """On a card of one multiprocessor, where a CTA has four tokens, and on one with room for all, where
+    threads run backwards."""
+    (T, E), dtype = logits.shape, DTYPES.index(logits.dtype)
     logits = torch.cat([logits, logits])[:T]  # a token too many finds one
-    for multiprocessors in (1, T):
-        sizes = (
-            DTYPES.index(logits.dtype),
-            T,
-            E,
-            k,
-            n_group,
-            topk_group,
-            SCORES.index(score),
-            1,
-            multiprocessors,
-        )
-        args = address(logits), address(bias), numbers(*sizes)
+    for multiprocessors, renormalize, backwards in ((1, True, False), (T, False, True)):
+        want = reference.route(logits, bias, k, score, n_group, topk_group, renormalize, 2.5)
+        sizes = dtype, T, E, k, n_group, topk_group, SCORES.index(score), renormalize
+        args = address(logits), address(bias), numbers(*sizes, multiprocessors, backwards)
         got = results(run, *args, shapes=[(T, k)] * 2, dtypes=[torch.float32, torch.int32])
         assert_same_bits(got, want)
 
@@ -193,15 +185,19 @@ CHOICES = [
     (3000, 1, 700, 0),  # and more than 32 choices a warp
     (3, 2, 0, 0),
     (0, 2, 5, 0),
+    (4, 0, 5, 0),
+    (33000, 1, 5, 0),  # 65 tiles
 ]
 
 
 def check_permutes(run):
     torch.manual_seed(0)
-    for T, k, E, first in CHOICES:
+    for (T, k, E, first), backwards in product(CHOICES, (False, True)):
         ids = torch.randint(first - 2, first + E + 2, (T, k), dtype=torch.int32)
         shapes = (T * k,), (E + 1,), (T, k)
-        got = results(run, address(ids), numbers(T, k, E, first), shapes=shapes, dtypes=[torch.int32] * 3)
+        got = results(
+            run, address(ids), numbers(T, k, E, first, backwards), shapes=shapes, dtypes=[torch.int32] * 3
+        )
         assert_same_bits(got, reference.permute(ids, E, first))
 
 

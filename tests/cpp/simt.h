@@ -38,8 +38,8 @@ inline std::vector<Fiber> fibers;
 inline std::vector<Barrier> barriers;  // of the CTA, then of its warps
 inline ucontext_t scheduler;
 inline std::function<void()> body;
-inline bool moved;                   // any thread, since it was cleared
-inline std::vector<double> dynamic;  // shared memory whose size a launch says
+inline bool moved;     // any thread, since it was cleared
+inline void* dynamic;  // shared memory whose size a launch says
 
 inline void wait(Barrier& barrier, int threads) {
   const int turn = barrier.turn;

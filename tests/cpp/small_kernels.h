@@ -20,9 +20,11 @@ struct Grid {
 template <class... Params>
 void launch(void (*kernel)(bool early, Params...), const Grid& grid, cudaStream_t,
             std::type_identity_t<Params>... params) {
-  simt::dynamic.resize((grid.shared_bytes + 7) / 8);
-  int* const words = reinterpret_cast<int*>(simt::dynamic.data());
-  std::fill_n(words, 2 * simt::dynamic.size(), 3);  // memory that nobody has cleared
+  const int64_t words = grid.shared_bytes / 4, slack = 1024;  // for what a mistake writes beyond
+  static std::vector<uint4> memory;
+  memory.resize((words + 2 * slack) / 4 + 1);
+  simt::dynamic = memory.data() + slack / 4;
+  std::fill_n(reinterpret_cast<int*>(memory.data()), 4 * memory.size(), 3);  // as nobody has cleared it
   simt::launch(static_cast<unsigned>(grid.ctas), grid.threads.x, kernel, true, params...);
 }
 

@@ -1,7 +1,7 @@
 // Routing. Lane l of a warp looks after experts l, l + 32, ..: the fixed order of the softmax's sum. A token
 // is a warp's, which holds its scores in registers; tokens of very many experts are a CTA's, which shares
-// them. A warp makes up to 32 choices at once, from a short list; more, or more ties than the list holds, one
-// after the other by two warp reductions each.
+// them. A warp makes its choices at once, from a short list; where more keys qualify than that holds, mostly
+// from 20 choices on, one after the other, by two warp reductions each.
 #include <algorithm>
 
 #include "kernels.h"
@@ -134,7 +134,7 @@ __device__ void mask_losing_groups(const RouteParams& p, const Token& a, int wid
 
 // A token's scores lie in shared memory, its keys where over(visit) finds them: it visits those of a lane by
 // ascending expert, all lanes together. One warp chooses. Where fewer than top_k keys can be chosen, ids are
-// -1 and weights 0. Both ways return the sum of the chosen weights, in order.
+// -1 and weights 0. choose_.. return the sum of the chosen weights, in order.
 
 // How many of the first `count` listed are greater than the lane's own: own(m) for the m-th.
 template <class Own>
@@ -254,8 +254,12 @@ __device__ void choose(const RouteParams& p, const Token& a, const Over& over) {
 
 // ---- kernels --------------------------------------------------------------------------------------
 
+// CTAs of a multiprocessor that registers are for; 0: the compiler's choice, or it spills on sm_100.
 template <Score score, int kHeld>
-__global__ void __launch_bounds__(32 * kWarps, kHeld == kMostHeld ? 7 : 0)
+constexpr int kCtas = kHeld == kMostHeld && score != Score::sqrt_softplus ? 7 : 0;
+
+template <Score score, int kHeld>
+__global__ void __launch_bounds__(32 * kWarps, kCtas<score, kHeld>)
     route_by_warp(bool early, RouteParams p, Words words) {
   const Token a(p, words, threadIdx.x / 32, blockDim.x / 32);
   start(early);
