@@ -119,7 +119,7 @@ def test_groups_of_infinities_are_ranked_alike_everywhere(device):
 
 
 @pytest.mark.parametrize(
-    "E, k", [(32, 6), (33, 32), (384, 1), (384, 6), (384, 32), (384, 33), (700, 8)], ids=str
+    "E, k", [(32, 6), (33, 32), (384, 1), (384, 6), (384, 16), (384, 17), (384, 33), (700, 8)], ids=str
 )
 def test_as_many_ties_as_a_list_holds_fewer_and_more(E, k, device):
     logits = tied_logits(E)

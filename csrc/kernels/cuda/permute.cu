@@ -17,7 +17,8 @@ constexpr int kMostThreads = 1024;
 constexpr int kWindow = 2048;           // experts counted at once; more take further passes over the choices
 constexpr int kSharedWords = 11 << 10;  // of the 12 K that every chip gives without asking
 constexpr int kAhead = 4;               // loads a thread has under way
-// One CTA takes 2.4 us for 512 choices, 5.4 for 2048; two launches would take 4.6, and a workspace (H200).
+// Two launches would be faster from some 1000 choices on (H200), but want a workspace, which a product that
+// counts the choices beside this kernel must not be given.
 constexpr int64_t kOneTile = kPermuteAlone;
 constexpr int64_t kTileLeast = 512, kMostTiles = 128;
 
@@ -37,8 +38,8 @@ Plan plan_of(const PermuteParams& p) {
   const int64_t room = kSharedWords / plan.window - 1;  // one row of the shared words holds first places
   plan.warps = static_cast<int>(std::clamp<int64_t>(ceil_div(plan.tile, 32), 1, std::min<int64_t>(room, 32)));
   plan.part = static_cast<int>(ceil_div(ceil_div(plan.tile, plan.warps), 32) * 32);
-  // One a choice and one an expert. Of many tiles 1024: of their registers no two CTAs of sort_tile fit a
-  // multiprocessor that the kernel before leaves first, which took 2 to 3 us more (H200).
+  // One a choice and one an expert. Of many tiles 1024, whose registers let no two CTAs of sort_tile share a
+  // multiprocessor that the kernel before leaves first: that takes longer (H200).
   const int64_t wanted = plan.tiles > kMostTiles / 2 ? kMostThreads : std::max(plan.tile, plan.window);
   plan.threads = static_cast<int>(std::clamp<int64_t>(ceil_div(wanted, 32) * 32, 128, kMostThreads));
   return plan;

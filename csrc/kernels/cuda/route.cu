@@ -1,7 +1,7 @@
 // Routing. Lane l of a warp looks after experts l, l + 32, ..: the fixed order of the softmax's sum. A token
 // is a warp's, which holds its scores in registers; tokens of very many experts are a CTA's, which shares
-// them. A warp makes its choices at once, from a short list; where more keys qualify than that holds, mostly
-// from 20 choices on, one after the other, by two warp reductions each.
+// them. A warp makes up to 16 choices at once, from a short list; more, or where more keys qualify than the
+// list holds (many ties), one after the other, by two warp reductions each.
 #include <algorithm>
 
 #include "kernels.h"
@@ -11,12 +11,13 @@ namespace nvfp4::cuda {
 namespace {
 
 constexpr uint32_t kAll = 0xffffffffu;
-constexpr uint32_t kNever = 0;  // key of NaN and -inf, which are never chosen
-constexpr int kAtOnce = 4;      // keys a lane looks at together
-constexpr int kListed = 32;     // keys that are compared with one another, one a lane
-constexpr int kWarps = 4;       // and tokens of a CTA
-constexpr int kMostHeld = 16;   // scores a lane holds: up to 512 experts
-constexpr int kSharing = 256;   // threads that share a token of more
+constexpr uint32_t kNever = 0;   // key of NaN and -inf, which are never chosen
+constexpr int kAtOnce = 4;       // keys a lane looks at together
+constexpr int kListed = 32;      // keys that are compared with one another, one a lane
+constexpr int kMostChosen = 16;  // choices made from a list: with more, it would overflow too often
+constexpr int kWarps = 4;        // and tokens of a CTA
+constexpr int kMostHeld = 16;    // scores a lane holds: up to 512 experts
+constexpr int kSharing = 256;    // threads that share a token of more
 
 // Ascending with x; -0 and 0 share a key, so that their tie goes to the lower index.
 __device__ uint32_t key_of(float x) {
@@ -246,7 +247,7 @@ __device__ float choose_in_turn(const RouteParams& p, const Token& a, const Over
 
 template <class Over>
 __device__ void choose(const RouteParams& p, const Token& a, const Over& over) {
-  const int count = p.top_k <= 32 ? make_list(a, over, least_listed(p, a, over)) : kListed + 1;
+  const int count = p.top_k <= kMostChosen ? make_list(a, over, least_listed(p, a, over)) : kListed + 1;
   const float total = count <= kListed ? choose_listed(p, a, count) : choose_in_turn(p, a, over);
   for (int j = threadIdx.x % 32; j < p.top_k; j += 32)
     p.weights[a.t * p.top_k + j] = (p.renormalize ? a.chosen[j] / (total + 1e-20f) : a.chosen[j]) * p.scale;
